@@ -1,0 +1,1 @@
+"""Answers for an operator: explain, diff."""

@@ -1,0 +1,1 @@
+"""The ways to program the kernel: each translates a `Plan`, and decides nothing."""

@@ -1,0 +1,118 @@
+"""What must be true of Service traffic on one node, in one address family, in no mode's words.
+
+The centre of the proxy, and pure: from `services.py` and `endpoints.py` it settles traffic policies, topology,
+terminating endpoints, affinity and source ranges; a mode translates the result and never decides again. `verdict` says
+what happens to a packet: the meaning against which every mode is tested, and from which `pyproxy explain` answers.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Family(enum.Enum):
+    """An address family; a plan is for one."""
+
+    V4 = "IPv4"
+    V6 = "IPv6"
+
+
+class Origin(enum.Enum):
+    """Where a packet to a Service comes from: what decides between verdicts."""
+
+    POD = "pod"  # a pod of this node or of the cluster, as --detect-local-mode tells
+    NODE = "node"  # a process of this node itself
+    OUTSIDE = "outside"  # anything else
+
+
+class Endpoint(msgspec.Struct, frozen=True, gc=False, order=True):
+    """Where traffic can go. `local`: on this node."""
+
+    address: str
+    port: int
+    local: bool = False
+    weight: int = 1
+
+
+class Action(enum.Enum):
+    """What happens to a packet that meets a frontend."""
+
+    CLUSTER = "cluster"  # forward to one of `VirtualServer.cluster`
+    LOCAL = "local"  # forward to one of `VirtualServer.local`
+    REJECT = "reject"  # answer at once: TCP reset or ICMP port unreachable
+    DROP = "drop"  # silence: endpoints exist, but the policy keeps this traffic from them
+
+
+class Verdict(msgspec.Struct, frozen=True, gc=False):
+    """An action, and whether the source address becomes the node's. Hairpin traffic is always masqueraded besides."""
+
+    action: Action
+    masquerade: bool = False
+
+
+class FrontendKind(enum.Enum):
+    """Which field of the Service an address comes from."""
+
+    CLUSTER_IP = "clusterIP"
+    NODE_PORT = "nodePort"
+    LOAD_BALANCER = "loadBalancer"
+    EXTERNAL_IP = "externalIP"
+
+
+class Frontend(msgspec.Struct, frozen=True, gc=False):
+    """An address and port that clients use. `address` is empty for a node port: every node-port address of the node.
+
+    `source_ranges`: networks that may use it; None: everybody. Whoever is outside of them is dropped.
+    """
+
+    kind: FrontendKind
+    address: str
+    port: int
+    pod: Verdict
+    node: Verdict
+    outside: Verdict
+    source_ranges: tuple[str, ...] | None = None
+
+    def verdict_for(self, origin: Origin) -> Verdict:
+        """Return the verdict for traffic of `origin` (source ranges not considered)."""
+        return {Origin.POD: self.pod, Origin.NODE: self.node, Origin.OUTSIDE: self.outside}[origin]
+
+
+class Scheduler(enum.Enum):
+    """How an endpoint is chosen, in modes that have a choice; IPVS has more names of its own."""
+
+    RANDOM = "random"
+    ROUND_ROBIN = "rr"
+
+
+class ServerKey(msgspec.Struct, frozen=True, order=True, gc=False):
+    """What names a Service port: `namespace/name`, the port's name, the protocol (TCP, UDP, SCTP)."""
+
+    service: str
+    port_name: str
+    protocol: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.service}:{self.port_name}/{self.protocol}" if self.port_name else f"{self.service}/{self.protocol}"
+        )
+
+
+class VirtualServer(msgspec.Struct, frozen=True, gc=False):
+    """One Service port: where clients find it and which endpoints may answer.
+
+    `cluster`, `local`: usable endpoints, sorted; already narrowed by topology, readiness and terminating fallback.
+    `affinity_seconds`: 0, or how long a client address stays with its endpoint.
+    `scheduler`: a `Scheduler` value or the name of an IPVS scheduler, as annotated or configured.
+    `removal`: what becomes of established flows of a removed endpoint: keep, drain:SECONDS, reset.
+    """
+
+    key: ServerKey
+    frontends: tuple[Frontend, ...]
+    cluster: tuple[Endpoint, ...]
+    local: tuple[Endpoint, ...]
+    affinity_seconds: int = 0
+    scheduler: str = Scheduler.RANDOM.value
+    removal: str = "keep"

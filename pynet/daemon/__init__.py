@@ -1,0 +1,1 @@
+"""What a daemon needs: run loop, metrics and health endpoints, logging, signals."""
