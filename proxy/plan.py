@@ -116,3 +116,52 @@ class VirtualServer(msgspec.Struct, frozen=True, gc=False):
     affinity_seconds: int = 0
     scheduler: str = Scheduler.RANDOM.value
     removal: str = "keep"
+
+
+class LocalKind(enum.Enum):
+    """How a packet is known to come from a pod (--detect-local-mode)."""
+
+    NONE = "none"
+    CIDR = "cidr"  # ClusterCIDR and NodeCIDR: the source is inside one of `cidrs`
+    BRIDGE = "bridge"  # BridgeInterface: it arrived through `interface`
+    PREFIX = "prefix"  # InterfaceNamePrefix: it arrived through an interface whose name begins so
+
+
+class LocalDetector(msgspec.Struct, frozen=True):
+    """Who counts as a pod. With `LocalKind.NONE` nobody does, and ClusterIP traffic is not masqueraded for it."""
+
+    kind: LocalKind = LocalKind.NONE
+    cidrs: tuple[str, ...] = ()
+    interface: str = ""
+
+
+class NodeSettings(msgspec.Struct, frozen=True):
+    """What holds for the whole node, in this family.
+
+    `node_port_addresses`: networks (CIDRs) of the node's own addresses that serve node ports; empty: every local address.
+    `localhost_node_ports`: node ports also answer on loopback addresses (IPv4 only).
+    `masquerade_mark`: one bit; the bit above it (below it, for bit 31) is ours as well.
+    """
+
+    node_name: str = ""
+    detector: LocalDetector = LocalDetector()
+    node_port_addresses: tuple[str, ...] = ()
+    localhost_node_ports: bool = True
+    masquerade_all: bool = False
+    masquerade_mark: int = 0x4000
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What must be true, for one node and one family. Never changed in place; successors share what did not change."""
+
+    family: Family
+    settings: NodeSettings = NodeSettings()
+    servers: dict[ServerKey, VirtualServer] = {}
+
+
+class PlanChange(msgspec.Struct, frozen=True):
+    """From one plan to its successor: `keys` are the servers that were added, removed or changed."""
+
+    old: Plan
+    new: Plan
+    keys: tuple[ServerKey, ...]

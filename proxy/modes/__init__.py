@@ -1,1 +1,56 @@
 """The ways to program the kernel: each translates a `Plan`, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from proxy.plan import Plan, PlanChange, ServerKey
+
+
+class ApplyError(Exception):
+    """The kernel (or its tool) refused. `servers`: those at fault where that is known, else empty: all of them.
+
+    The message holds what was tried, what the tool said, and the offending line.
+    """
+
+    def __init__(self, message: str, servers: Sequence[ServerKey] = ()) -> None:
+        super().__init__(message)
+        self.servers = tuple(servers)
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What one pass wrote. `objects`: rules, elements or virtual servers added, changed or removed."""
+
+    objects: int = 0
+    render_seconds: float = 0.0
+    apply_seconds: float = 0.0
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """What an audit found to differ from the plan and has repaired: a line each, with the server where it is known."""
+
+    found: tuple[tuple[ServerKey | None, str], ...] = ()
+
+
+class Mode(Protocol):
+    """One way to program the kernel, in the network namespace that it was made in. Not thread-safe: one caller."""
+
+    name: str
+
+    def sync(self, plans: Sequence[Plan]) -> Written:
+        """Make the kernel equal to `plans` (one a family), whatever it holds of ours now. Raise `ApplyError`."""
+
+    def update(self, changes: Sequence[PlanChange]) -> Written:
+        """Write only what `changes` name. Allowed after one `sync`; must leave what `sync` of the new plans would."""
+
+    def audit(self) -> Drift:
+        """Read the kernel back, compare with the last plans, repair what differs. Raise `ApplyError`."""
+
+    def tampered(self) -> bool:
+        """Cheap check (a canary): whether somebody else removed our objects; then the engine calls `audit` or `sync`."""
+
+    def cleanup(self) -> None:
+        """Remove all that is ours and nothing else; also when nothing was ever written."""
