@@ -138,7 +138,7 @@ class LocalDetector(msgspec.Struct, frozen=True):
 class NodeSettings(msgspec.Struct, frozen=True):
     """What holds for the whole node, in this family.
 
-    `node_port_addresses`: networks (CIDRs) of the node's own addresses that serve node ports; empty: every local address.
+    `node_port_addresses`: networks of the node's own addresses that serve node ports; empty: every local address.
     `localhost_node_ports`: node ports also answer on loopback addresses (IPv4 only).
     `masquerade_mark`: one bit; the bit above it (below it, for bit 31) is ours as well.
     """

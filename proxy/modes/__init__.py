@@ -50,7 +50,7 @@ class Mode(Protocol):
         """Read the kernel back, compare with the last plans, repair what differs. Raise `ApplyError`."""
 
     def tampered(self) -> bool:
-        """Cheap check (a canary): whether somebody else removed our objects; then the engine calls `audit` or `sync`."""
+        """Cheap check (a canary): did somebody else remove our objects? Then the engine calls `audit` or `sync`."""
 
     def cleanup(self) -> None:
         """Remove all that is ours and nothing else; also when nothing was ever written."""
