@@ -80,10 +80,8 @@ class Names:
 
 def connect(left: Namespace, right: Namespace, left_if: str, right_if: str) -> None:
     """Join two namespaces by a veth pair, both ends up, no addresses."""
-    subprocess.run(
-        ["ip", "link", "add", left_if, "netns", left.name, "type", "veth", "peer", "name", right_if, "netns", right.name],
-        check=True,
-    )  # fmt: skip
+    ends = f"{left_if} netns {left.name} type veth peer name {right_if} netns {right.name}"
+    subprocess.run(["ip", "link", "add", *ends.split()], check=True)
     left.run("ip", "link", "set", left_if, "up")
     right.run("ip", "link", "set", right_if, "up")
 
