@@ -16,13 +16,14 @@ Protocol = Literal["TCP", "UDP", "SCTP"]
 
 
 class BadObject(ValueError):
-    """An object that cannot be read: `where` names it (kind, namespace/name, origin), `field` the place inside it."""
+    """An object that cannot be read. `where`: origin, kind, name; `field`: the place inside; `ref`: its name, if known."""
 
-    def __init__(self, where: str, field: str, reason: str) -> None:
+    def __init__(self, where: str, field: str, reason: str, ref: Ref | None = None) -> None:
         super().__init__(f"{where}: {field}: {reason}" if field else f"{where}: {reason}")
         self.where = where
         self.field = field
         self.reason = reason
+        self.ref = ref
 
 
 class _Api(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, rename="camel"):
@@ -322,10 +323,13 @@ def decode(document: Mapping[str, Any], origin: str) -> Object:
     name = named.get("name")
     if not isinstance(name, str) or not name:
         raise BadObject(where, "metadata.name", "missing")
-    if kind != "Node" and not named.get("namespace"):
+    if kind == "Node":
+        document = {**document, "metadata": {**named, "namespace": ""}}
+    elif not named.get("namespace"):
         document = {**document, "metadata": {**named, "namespace": "default"}}
     try:
         return msgspec.convert(document, KINDS[kind], strict=True)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        raise BadObject(where, path.rstrip("`").lstrip("."), reason) from None
+        ref = Ref(kind, str(document["metadata"]["namespace"]), name)
+        raise BadObject(where, path.rstrip("`").lstrip("."), reason, ref) from None
