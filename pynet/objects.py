@@ -16,7 +16,7 @@ Protocol = Literal["TCP", "UDP", "SCTP"]
 
 
 class BadObject(ValueError):
-    """An object that cannot be read. `where`: origin, kind, name; `field`: the place inside; `ref`: its name, if known."""
+    """What cannot be read. `where`: origin, kind, name; `field`: the place in it; `ref`: its name if known."""
 
     def __init__(self, where: str, field: str, reason: str, ref: Ref | None = None) -> None:
         super().__init__(f"{where}: {field}: {reason}" if field else f"{where}: {reason}")
@@ -318,18 +318,17 @@ def decode(document: Mapping[str, Any], origin: str) -> Object:
     raw = document.get("metadata")
     named: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
     where = f"{origin}: {kind} {named.get('namespace') or ''}/{named.get('name') or ''}".replace(" /", " ")
-    if document.get("apiVersion") != API_VERSIONS[kind]:
-        raise BadObject(where, "apiVersion", f"expected {API_VERSIONS[kind]}, found {document.get('apiVersion')!r}")
     name = named.get("name")
     if not isinstance(name, str) or not name:
         raise BadObject(where, "metadata.name", "missing")
-    if kind == "Node":
-        document = {**document, "metadata": {**named, "namespace": ""}}
-    elif not named.get("namespace"):
-        document = {**document, "metadata": {**named, "namespace": "default"}}
+    namespace = "" if kind == "Node" else named.get("namespace") or "default"
+    ref = Ref(kind, str(namespace), name)
+    if document.get("apiVersion") != API_VERSIONS[kind]:
+        expected = API_VERSIONS[kind]
+        raise BadObject(where, "apiVersion", f"expected {expected}, found {document.get('apiVersion')!r}", ref)
+    document = {**document, "metadata": {**named, "namespace": namespace}}
     try:
         return msgspec.convert(document, KINDS[kind], strict=True)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        ref = Ref(kind, str(document["metadata"]["namespace"]), name)
         raise BadObject(where, path.rstrip("`").lstrip("."), reason, ref) from None

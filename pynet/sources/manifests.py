@@ -26,6 +26,7 @@ from pynet.sources import Batch
 log = logs.get(__name__)
 SUFFIXES = (".yaml", ".yml", ".json")
 FILE_LIMIT = 256 * 2**20  # bytes; a list of 10,000 EndpointSlices of 10 endpoints is 42 MB of JSON
+DEPTH_LIMIT = 500  # levels of nesting in a YAML file
 _SETTLE = 0.01  # seconds without an event after which a burst counts as over
 _BURST_LIMIT = 0.2  # seconds after which a burst is delivered all the same
 _POLL = 0.2  # seconds between looks at `stop`
@@ -115,7 +116,8 @@ class Manifests:
             if name.startswith(".") or not name.endswith(SUFFIXES):
                 continue
             stamp = _stamp_of(self._directory / name)
-            if stamp == self._stamps.get(name):
+            # a file that an event names is read whatever it shows: a clock tick can hold two writes
+            if stamp == self._stamps.get(name) and (names is None or stamp is None):
                 continue
             old = self._contents.get(name, {})
             new = self._read(name, old) if stamp else {}
@@ -181,13 +183,13 @@ class Manifests:
         contents: dict[Ref, Object] = {}
         for obj in found:
             if isinstance(obj, BadObject):
-                kept = obj.ref if obj.ref in old else None
+                # a document that does not say which object it is may have been any of those that are now missing
+                kept = {ref: old[ref] for ref in old if obj.ref in (None, ref)}
                 log.error(
-                    "bad object skipped" if kept is None else "bad object; keeping its last good state",
+                    "bad object; keeping what was good before" if kept else "bad object skipped",
                     extra=logs.fields(object=obj.where, field=obj.field, error=obj.reason),
                 )
-                if kept is not None:
-                    contents.setdefault(kept, old[kept])
+                contents = {**kept, **contents}
                 continue
             ref = ref_of(obj)
             if ref.kind in self.kinds:
@@ -229,17 +231,23 @@ def _parsed(path: Path) -> Iterator[Object | BadObject]:
 
 
 def _yaml_documents(data: bytes) -> list[Any]:
-    if b"*" in data and b"&" in data:
-        _refuse_nested_aliases(data)
+    # a depth needs as many opening brackets, or a line as long: most files are cleared without a second parse
+    deepest = data.count(b"[") + data.count(b"{") + max(map(len, data.splitlines()))
+    if deepest > DEPTH_LIMIT or (b"*" in data and b"&" in data):
+        _refuse_traps(data)
     return list(yaml.load_all(data, Loader=_Loader))  # a safe loader, with fewer resolvers
 
 
-def _refuse_nested_aliases(data: bytes) -> None:
-    """Refuse aliases inside of anchored nodes: a few lines of them expand to any size."""
+def _refuse_traps(data: bytes) -> None:
+    """Refuse what a small file can do to its reader: nesting that overruns libyaml's stack (PyYAML 6.0.3 ends with a
+    segmentation fault), and aliases inside of anchored nodes, a few lines of which expand to any size.
+    """
     anchored: list[bool] = []
     for event in yaml.parse(data, Loader=yaml.CSafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             anchored.append(event.anchor is not None or (bool(anchored) and anchored[-1]))
+            if len(anchored) > DEPTH_LIMIT:
+                raise ValueError(f"nested more than {DEPTH_LIMIT} levels deep")
         elif isinstance(event, yaml.CollectionEndEvent):
             anchored.pop()
         elif isinstance(event, yaml.AliasEvent) and anchored and anchored[-1]:
