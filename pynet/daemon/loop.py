@@ -11,6 +11,7 @@ from pynet.daemon import logs
 log = logs.get(__name__)
 _RETRY_GROWTH = 2.0
 _RETRY_LIMIT = 60.0
+_LOOK = 0.5  # seconds between looks at `stop`
 
 
 class BoundedRunner:
@@ -38,35 +39,28 @@ class BoundedRunner:
         ended = -float("inf")
         failures = 0
         while not stop.is_set():
-            self._wait(ended, failures, stop)
-            if stop.is_set():
-                return
+            now = time.monotonic()
+            due = self.due(ended, failures, self._wanted.is_set())
+            if now < due:
+                # a request can only bring the next run nearer where none is waiting yet
+                (stop if failures or self._wanted.is_set() else self._wanted).wait(min(due - now, _LOOK))
+                continue
             self._wanted.clear()
             try:
                 self._work()
                 failures = 0
             except Exception:
                 failures += 1
-                log.exception("work failed; will be retried", extra=logs.fields(retry_seconds=self._delay(failures)))
+                log.exception("work failed; will be retried", extra=logs.fields(retry_seconds=self._pause(failures)))
             ended = time.monotonic()
 
-    def _delay(self, failures: int) -> float:
-        return float(min(self._retry * _RETRY_GROWTH ** (failures - 1), _RETRY_LIMIT))
+    def due(self, ended: float, failures: int, wanted: bool) -> float:
+        """Return when the next run is due: `ended` is when the last one did, `failures` how many failed in a row."""
+        if failures:
+            return ended + self._pause(failures)
+        if wanted:
+            return ended + self._min_interval
+        return float("inf") if self._max_interval is None else ended + max(self._max_interval, self._min_interval)
 
-    def _wait(self, ended: float, failures: int, stop: threading.Event) -> None:
-        """Return when the next run is due."""
-        earliest = ended + (self._delay(failures) if failures else self._min_interval)
-        latest = ended + self._max_interval if self._max_interval is not None else float("inf")
-        while not stop.is_set():
-            now = time.monotonic()
-            if failures or self._wanted.is_set():
-                due = earliest
-            else:
-                due = max(latest, earliest)
-            if now >= due:
-                return
-            pause = min(due - now, 0.5)
-            if failures or self._wanted.is_set():
-                stop.wait(pause)
-            else:
-                self._wanted.wait(pause)
+    def _pause(self, failures: int) -> float:
+        return float(min(self._retry * _RETRY_GROWTH ** (failures - 1), _RETRY_LIMIT))
