@@ -41,9 +41,7 @@ def test_key_value_lines_split_back() -> None:
     (line,) = lines("text")
     pairs = dict(word.split("=", 1) for word in shlex.split(line.replace(r"\n", " ")))
     assert pairs["level"] == "info" and pairs["msg"] == "it happened"
-    assert {key: pairs[key] for key in VALUES if key != "newline"} == {
-        k: v for k, v in VALUES.items() if k != "newline"
-    }
+    assert {**pairs, **VALUES, "newline": pairs["newline"]} == pairs
 
 
 def test_json_lines_parse_back() -> None:

@@ -42,7 +42,7 @@ class Running:
         return self.batches.get(timeout=10)
 
     def silent(self) -> bool:
-        """All that was written before this call has been looked at, and said nothing: the next word is on a new file."""
+        """All that was written before has been looked at, and said nothing: the next word is on a new file."""
         marker = f"marker-{next(self.markers)}"
         (self.directory / f"{marker}.yaml").write_text(service(marker))
         batch = self.next()
