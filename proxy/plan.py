@@ -8,6 +8,9 @@ what happens to a packet: the meaning against which every mode is tested, and fr
 from __future__ import annotations
 
 import enum
+import ipaddress
+from collections.abc import Collection
+from functools import lru_cache
 
 import msgspec
 
@@ -107,6 +110,7 @@ class VirtualServer(msgspec.Struct, frozen=True, gc=False):
     `affinity_seconds`: 0, or how long a client address stays with its endpoint.
     `scheduler`: a `Scheduler` value or the name of an IPVS scheduler, as annotated or configured.
     `removal`: what becomes of established flows of a removed endpoint: keep, drain:SECONDS, reset.
+    `draining`: endpoints that get no new traffic from this node and still answer: their flows are not stale.
     """
 
     key: ServerKey
@@ -116,6 +120,7 @@ class VirtualServer(msgspec.Struct, frozen=True, gc=False):
     affinity_seconds: int = 0
     scheduler: str = Scheduler.RANDOM.value
     removal: str = "keep"
+    draining: tuple[Endpoint, ...] = ()
 
 
 class LocalKind(enum.Enum):
@@ -165,3 +170,126 @@ class PlanChange(msgspec.Struct, frozen=True):
     old: Plan
     new: Plan
     keys: tuple[ServerKey, ...]
+
+
+class Packet(msgspec.Struct, frozen=True):
+    """The first packet of a connection, as it meets the node. `interface`: where it arrived; empty: made here."""
+
+    source: str
+    destination: str
+    protocol: str = "TCP"
+    port: int = 0
+    interface: str = ""
+
+
+class OutcomeKind(enum.Enum):
+    """What becomes of a packet."""
+
+    PASS = "pass"  # to no Service: routed as if there were no proxy
+    FORWARD = "forward"
+    REJECT = "reject"
+    DROP = "drop"
+
+
+class Choice(msgspec.Struct, frozen=True, order=True):
+    """One endpoint that may be chosen, how often (0 to 1), and whether it sees the node's address as the source."""
+
+    endpoint: Endpoint
+    probability: float
+    masquerade: bool
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What becomes of a packet, and the Service port and frontend that decided it."""
+
+    kind: OutcomeKind
+    choices: tuple[Choice, ...] = ()
+    key: ServerKey | None = None
+    frontend: Frontend | None = None
+
+
+PASS = Outcome(OutcomeKind.PASS)
+
+
+@lru_cache(maxsize=4096)
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(text, strict=False)
+
+
+def inside(address: str, networks: Collection[str]) -> bool:
+    """Whether `address` is in one of `networks`."""
+    parsed = ipaddress.ip_address(address)
+    return any(parsed in _network(network) for network in networks)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `address` is one of the host's loopback addresses."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def origin_of(settings: NodeSettings, packet: Packet, addresses: Collection[str]) -> Origin:
+    """Return what `packet` counts as; `addresses`: the node's own. A pod's address counts before a node's."""
+    detector = settings.detector
+    if (
+        (detector.kind is LocalKind.CIDR and inside(packet.source, detector.cidrs))
+        or (detector.kind is LocalKind.BRIDGE and packet.interface == detector.interface)
+        or (detector.kind is LocalKind.PREFIX and packet.interface.startswith(detector.interface) and packet.interface)
+    ):
+        return Origin.POD
+    if packet.source in addresses or is_loopback(packet.source):
+        return Origin.NODE
+    return Origin.OUTSIDE
+
+
+def serves_node_ports(settings: NodeSettings, address: str, addresses: Collection[str]) -> bool:
+    """Whether node ports answer on `address`; `addresses`: the node's own."""
+    if is_loopback(address):
+        if ":" in address or not settings.localhost_node_ports:
+            return False
+    elif address not in addresses:
+        return False
+    return not settings.node_port_addresses or inside(address, settings.node_port_addresses)
+
+
+def verdict(plan: Plan, packet: Packet, addresses: Collection[str] = ()) -> Outcome:
+    """Return what becomes of `packet`, which starts a connection, on a node with these `addresses`.
+
+    A frontend with an address of its own comes before a node port. A port that no Service has, on an address that is
+    some Service's cluster IP, is refused. Affinity is not considered: it narrows `choices` to one of them.
+    """
+    here = node_port = None
+    is_cluster_ip = False
+    for server in plan.servers.values():
+        for frontend in server.frontends:
+            if frontend.address == packet.destination:
+                is_cluster_ip = is_cluster_ip or frontend.kind is FrontendKind.CLUSTER_IP
+                if frontend.port == packet.port and server.key.protocol == packet.protocol:
+                    here = server, frontend
+            elif not frontend.address and frontend.port == packet.port and server.key.protocol == packet.protocol:
+                node_port = server, frontend
+    if here is None and is_cluster_ip:
+        return Outcome(OutcomeKind.REJECT)
+    if here is None and node_port and serves_node_ports(plan.settings, packet.destination, addresses):
+        here = node_port
+    if here is None:
+        return PASS
+    return _outcome(plan.settings, packet, addresses, *here)
+
+
+def _outcome(
+    settings: NodeSettings, packet: Packet, addresses: Collection[str], server: VirtualServer, frontend: Frontend
+) -> Outcome:
+    if frontend.source_ranges is not None and not inside(packet.source, frontend.source_ranges):
+        return Outcome(OutcomeKind.DROP, (), server.key, frontend)
+    decided = frontend.verdict_for(origin_of(settings, packet, addresses))
+    endpoints = {Action.CLUSTER: server.cluster, Action.LOCAL: server.local}.get(decided.action, ())
+    if decided.action is Action.DROP:
+        return Outcome(OutcomeKind.DROP, (), server.key, frontend)
+    if not endpoints:
+        return Outcome(OutcomeKind.REJECT, (), server.key, frontend)
+    total = sum(endpoint.weight for endpoint in endpoints)
+    choices = tuple(
+        Choice(endpoint, endpoint.weight / total, decided.masquerade or endpoint.address == packet.source)
+        for endpoint in endpoints
+    )
+    return Outcome(OutcomeKind.FORWARD, choices, server.key, frontend)
