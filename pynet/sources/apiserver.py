@@ -1,0 +1,231 @@
+"""The Kubernetes API server as a source: one list and watch for each kind, their changes merged into batches.
+
+Wiring only: `reflector` decides what to ask and what an answer means, `transport` carries it. Here are the threads,
+the waiting, and what is told to the log.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from pynet.daemon import logs
+from pynet.objects import BadObject, Object, Ref, ref_of
+from pynet.sources import Batch
+from pynet.sources.reflector import Broken, Change, Delete, List, Reflector, Relist, Replace, Upsert, Watch
+from pynet.sources.transport import Refused, Silent, Transport, Unreachable
+
+log = logs.get(__name__)
+IDLE = 75.0  # seconds of silence after which a watch is asked for again; bookmarks come every 60
+INITIAL_IDLE = 5.0  # the same within a streaming list: a server that knows none says nothing at its end
+LIFE = (300, 600)  # seconds that a watch lives, at random, so that a fleet does not return at once
+BACKOFF = (0.5, 30.0)  # first and longest pause between failures, seconds; ±50 % at random
+_STOP_WAIT = 2.0
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """Where a kind is served, and which of its objects matter to us (kube-proxy's own selectors)."""
+
+    path: str
+    labels: str = ""
+    fields: str = ""
+
+
+RESOURCES = {
+    "Service": Resource("/api/v1/services", "!service.kubernetes.io/service-proxy-name", "spec.clusterIP!=None"),
+    "EndpointSlice": Resource("/apis/discovery.k8s.io/v1/endpointslices", "!service.kubernetes.io/headless"),
+    "Node": Resource("/api/v1/nodes"),
+}
+# v1 Endpoints are not read from a cluster: its controller mirrors them into EndpointSlices.
+_NEVER_SERVED = frozenset({"Endpoints"})
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How one exchange with the server went.
+
+    `problem`: what went wrong, or "". `fruitful`: it brought something. `barren`: it ended well, at once and without a
+    word. `wait`: seconds that the server asks for. `fields_unknown`: it does not know the field selector.
+    """
+
+    problem: str = ""
+    fruitful: bool = False
+    barren: bool = False
+    wait: float = 0.0
+    fields_unknown: bool = False
+
+
+class ApiServer:
+    """A `Source`: Services, EndpointSlices and Nodes of a cluster."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        kinds: frozenset[str],
+        *,
+        node: str | None = None,
+        resources: Mapping[str, Resource] = RESOURCES,
+        idle: float = IDLE,
+        backoff: tuple[float, float] = BACKOFF,
+        streaming: bool = True,
+    ) -> None:
+        """`node`: of the kind Node, only this one. `streaming`: ask for streaming lists before paged ones."""
+        self.kinds = kinds
+        self._transport = transport
+        self._idle = idle
+        self._backoff = backoff
+        self._streaming = streaming
+        self._resources = {kind: resources[kind] for kind in sorted(kinds - _NEVER_SERVED)}
+        if node is not None and "Node" in self._resources:
+            self._resources["Node"] = Resource(resources["Node"].path, fields=f"metadata.name={node}")
+        self._queue: queue.SimpleQueue[tuple[str, float, list[Change]]] = queue.SimpleQueue()
+
+    def run(self, deliver: Callable[[Batch], None], stop: threading.Event) -> None:
+        """Deliver batches from this thread until `stop` is set."""
+        absent = self.kinds & _NEVER_SERVED
+        if absent:
+            deliver(Batch(replaced=absent, received=time.monotonic()))
+        workers = [
+            threading.Thread(target=self._follow, args=(kind, resource, stop), name=f"watch {kind}", daemon=True)
+            for kind, resource in self._resources.items()
+        ]
+        for worker in workers:
+            worker.start()
+        while not stop.is_set():
+            try:
+                heard = [self._queue.get(timeout=0.5)]
+            except queue.Empty:
+                continue
+            while not self._queue.empty():
+                heard.append(self._queue.get())
+            deliver(batch_of(heard))
+        self._transport.close()
+        deadline = time.monotonic() + _STOP_WAIT
+        for worker in workers:
+            worker.join(max(deadline - time.monotonic(), 0))
+
+    def _follow(self, kind: str, resource: Resource, stop: threading.Event) -> None:
+        """List and watch one kind until `stop` is set, whatever the server does."""
+        reflector = Reflector(kind, streaming=self._streaming)
+        failures = 0
+        told = ""
+        while not stop.is_set():
+            outcome = self._exchange(reflector, resource, stop)
+            if stop.is_set():
+                return
+            if outcome.fields_unknown and resource.fields:
+                resource = Resource(resource.path, resource.labels)  # an older server; the objects say it as well
+            failures = 0 if outcome.fruitful or not outcome.problem else failures + 1
+            if outcome.problem and outcome.problem != told:
+                log.warning("watch interrupted; going on", extra=logs.fields(kind=kind, reason=outcome.problem))
+                told = outcome.problem
+            elif told and outcome.fruitful:
+                log.info("watch goes on", extra=logs.fields(kind=kind, version=reflector.version))
+                told = ""
+            if failures:
+                first, longest = self._backoff
+                pause = min(first * 2 ** min(failures - 1, 16), longest) * random.uniform(0.5, 1.5)
+                stop.wait(max(pause, outcome.wait))
+            elif outcome.barren:
+                stop.wait(self._backoff[0] * random.uniform(0.5, 1.5))
+
+    def _exchange(self, reflector: Reflector, resource: Resource, stop: threading.Event) -> Outcome:
+        """Ask once and take in the answer."""
+        request = reflector.request()
+        query = query_of(request, resource)
+        started = time.monotonic()
+        fruitful = False
+        try:
+            if isinstance(request, List):
+                changes = reflector.page(self._transport.get(resource.path, query))
+                problem = self._take(reflector.kind, changes, started)
+                return Outcome(problem, fruitful=not problem)
+            idle = INITIAL_IDLE if request.initial else self._idle
+            with self._transport.watch(resource.path, query, idle) as stream:
+                for data in stream:
+                    changes = reflector.feed(data)
+                    fruitful = True
+                    problem = self._take(reflector.kind, changes, time.monotonic())
+                    if problem or stop.is_set():
+                        return Outcome(problem, fruitful=fruitful and not problem)
+            if request.initial and not reflector.synced:
+                return Outcome(self._take(reflector.kind, reflector.interrupted("it ended early"), started))
+            return Outcome(fruitful=fruitful, barren=not fruitful and time.monotonic() - started < 1)
+        except Refused as error:
+            if error.status.code == 400 and resource.fields and "field label" in error.status.message:
+                return Outcome(str(error), fields_unknown=True)
+            self._take(reflector.kind, reflector.refused(error.status), started)
+            return Outcome(str(error), wait=error.retry_after)
+        except Silent as error:
+            if isinstance(request, Watch) and not request.initial:
+                return Outcome(fruitful=True)  # a dead connection or a quiet server: ask again, from where we are
+            self._take(reflector.kind, reflector.interrupted("no end of the initial events", silent=True), started)
+            return Outcome(str(error))
+        except Unreachable as error:
+            self._take(reflector.kind, reflector.interrupted(str(error)), started)
+            return Outcome(str(error), fruitful=fruitful and reflector.synced)
+        except Exception as error:
+            log.exception("watch failed; going on", extra=logs.fields(kind=reflector.kind))
+            return Outcome(f"{type(error).__name__}: {error}")
+
+    def _take(self, kind: str, changes: list[Change], received: float) -> str:
+        """Hand changes on; return why the answer they came in cannot be followed further, or ""."""
+        problem = ""
+        told: list[Change] = []
+        for change in changes:
+            if isinstance(change, BadObject):
+                log.error("object cannot be read; its last good form stays", extra=logs.fields(reason=change))
+            elif isinstance(change, Relist | Broken):
+                problem = change.reason
+            else:
+                told.append(change)
+        if told:
+            self._queue.put((kind, received, told))
+        return problem
+
+
+def query_of(request: List | Watch, resource: Resource) -> dict[str, str]:
+    """Return the query parameters of a request."""
+    query: dict[str, str] = {}
+    if resource.labels:
+        query["labelSelector"] = resource.labels
+    if resource.fields:
+        query["fieldSelector"] = resource.fields
+    if isinstance(request, List):
+        if request.limit:
+            query["limit"] = str(request.limit)
+        if request.token:
+            query["continue"] = request.token
+        return query
+    query |= {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(random.randint(*LIFE))}
+    if request.initial:
+        query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+    query["resourceVersion"] = request.version
+    return query
+
+
+def batch_of(heard: Iterable[tuple[str, float, list[Change]]]) -> Batch:
+    """Return what was heard, oldest first, as one batch: of each object the last word."""
+    upserts: dict[Ref, Object] = {}
+    deletes: dict[Ref, None] = {}
+    replaced: set[str] = set()
+    since = float("inf")
+    for kind, received, changes in heard:
+        since = min(since, received)
+        for change in changes:
+            if isinstance(change, Replace):
+                replaced.add(kind)
+                upserts.update((ref_of(obj), obj) for obj in change.objects)
+            elif isinstance(change, Upsert):
+                ref = ref_of(change.object)
+                upserts[ref] = change.object
+                deletes.pop(ref, None)
+            elif isinstance(change, Delete):
+                upserts.pop(change.ref, None)
+                if change.ref.kind not in replaced:
+                    deletes[change.ref] = None
+    return Batch(tuple(upserts.values()), tuple(deletes), frozenset(replaced), since)
