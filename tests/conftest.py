@@ -8,10 +8,15 @@ from collections.abc import Iterator
 import pytest
 
 from support.netns import Names
+from vm import lane
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write golden files anew instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lane.install(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
