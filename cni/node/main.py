@@ -1,0 +1,254 @@
+"""The program `pynetd`: flags, wiring, and the commands `install` and `status`."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import ipaddress
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cni.node import status
+from cni.node.agent import Agent, Options
+from cni.node.metrics import Metrics
+from cni.node.routes import PROTOCOL, Settings
+from pynet.daemon import http, lifecycle, logs
+from pynet.kernel.netevents import Watch
+from pynet.kernel.routes import Rtnetlink
+from pynet.sources import Source
+from pynet.sources.flags import NoSource, add_source_flags, source_from
+
+log = logs.get(__name__)
+STATE_DIR = Path("/run/pynet")
+_LOCK_PATIENCE = 5.0  # seconds that a predecessor has to end
+_FAILING_LIMIT = 120.0  # seconds of failure after which /healthz says so
+
+_EPILOG = f"""\
+commands:
+  pynetd install --cni-bin-dir DIR   put the executables pynet-cni and pynet-ipam there, in one step each
+  pynetd status [--state-dir DIR]    print the other nodes, how each one's pods are reached, and why
+  pynetd --cleanup                   remove what is ours (routes of protocol {PROTOCOL}, VXLAN devices, rules), and end
+"""
+
+
+def main() -> int:
+    """Run the program; return its exit status."""
+    arguments = sys.argv[1:]
+    commands: dict[str, Callable[[list[str]], int]] = {"install": _install, "status": _status}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return _serve(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pynetd",
+        description="The node agent: keeps the ways to the pods of every other node, and serves the CNI executable.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_flags(parser)
+    node = parser.add_argument_group("this node")
+    node.add_argument("--node-name", metavar="NAME", help="name of this machine's Node (default: the host's name)")
+    node.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help="socket, lock, node file, IPAM")
+    node.add_argument("--cni-conf-dir", type=Path, metavar="DIR", help="write the network configuration there")
+    node.add_argument("--bridge", default="pynet0", metavar="NAME", help="the pods' bridge (%(default)s)")
+    node.add_argument("--mtu", type=int, default=0, metavar="BYTES", help="MTU of pods (0: what fits every way)")
+    ways = parser.add_argument_group("ways to the other nodes")
+    ways.add_argument(
+        "--backend", choices=("auto", "host-gw", "vxlan"), default="auto",
+        help="host-gw: direct routes, to nodes of the same subnet only; vxlan: all by VXLAN; "
+        "auto (default): direct where that can be, else VXLAN",
+    )  # fmt: skip
+    ways.add_argument("--vxlan-vni", type=_vni, default=112, metavar="N", help="VXLAN network identifier (%(default)s)")
+    ways.add_argument("--vxlan-port", type=_port, default=4789, metavar="PORT", help="UDP port (%(default)s)")
+    ways.add_argument("--cluster-cidr", type=_cidrs, default=(), metavar="CIDR,…", help="where all pods' addresses are")
+    ways.add_argument(
+        "--resync-period", type=_duration, default=60.0, metavar="TIME", help="full look at least this often (60s)"
+    )
+    masquerade = parser.add_argument_group("masquerade (of what pods send out of the cluster)")
+    masquerade.add_argument("--masquerade", choices=("auto", "nftables", "iptables", "off"), default="auto")
+    masquerade.add_argument(
+        "--non-masquerade-cidrs", type=_cidrs, default=(), metavar="CIDR,…", help="further destinations to leave alone"
+    )
+    masquerade.add_argument("--masq-link-local", action="store_true", help="link-local destinations too")
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--healthz-bind-address", default="127.0.0.1:10270", metavar="HOST:PORT", help='"": off')
+    serving.add_argument("--metrics-bind-address", default="127.0.0.1:10271", metavar="HOST:PORT", help='"": off')
+    parser.add_argument("--cleanup", action="store_true", help="remove all that is ours from this machine, and end")
+    lifecycle.add_common_flags(parser)
+    return parser
+
+
+def _serve(arguments: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    lifecycle.configure_logs("pynetd", args)
+    try:
+        source = source_from(args, {"Node"})
+    except NoSource as error:
+        parser.error(str(error))
+    lock = _locked(args.state_dir)
+    if lock is None:
+        return 1
+    name = args.node_name or socket.gethostname().lower()
+    options = Options(
+        settings=Settings(
+            name=name, backend=args.backend, vni=args.vxlan_vni, port=args.vxlan_port,
+            cluster_cidrs=args.cluster_cidr, mtu=args.mtu,
+        ),
+        state_dir=args.state_dir, bridge=args.bridge, conf_dir=args.cni_conf_dir, resync=args.resync_period,
+        non_masquerade=args.non_masquerade_cidrs, masquerade_link_local=args.masq_link_local,
+        masquerade=args.masquerade,
+    )  # fmt: skip
+    try:
+        return _work(options, source, args.healthz_bind_address, args.metrics_bind_address)
+    except (http.BindError, OSError) as error:
+        log.error("cannot start", extra=logs.fields(error=error))
+        return 1
+    finally:
+        os.close(lock)
+
+
+def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> int:
+    stop = lifecycle.stop_on_signals()
+    metrics = Metrics()
+    with Rtnetlink() as kernel:
+        watch = Watch()
+        agent = Agent(options, metrics, kernel)
+        servers = _http(agent, metrics, healthz, metrics_bind)
+        log.info(
+            "started",
+            extra=logs.fields(
+                node=options.settings.name, backend=options.settings.backend, state_dir=options.state_dir
+            ),
+        )
+        threads = [
+            threading.Thread(target=watch.run, args=(agent.on_event, kernel.port, stop), name="kernel", daemon=True),
+            threading.Thread(target=source.run, args=(agent.on_batch, stop), name="source", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        agent.run(stop)
+        lifecycle.notify("STOPPING=1")
+        for server in servers:
+            server.close()
+        for thread in threads:
+            thread.join(2)
+        watch.close()
+    log.info("stopped")
+    return 0
+
+
+def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str) -> list[http.Server]:
+    """Serve health and metrics; on one server where both have the same address."""
+
+    def alive() -> http.Reply:
+        since = agent.failing_since
+        if since is not None and time.monotonic() - since > _FAILING_LIMIT:
+            return http.Reply(503, body=b"reconciling fails; see `pynetd status`\n")
+        return http.Reply(200, body=b"ok\n")
+
+    def ready() -> http.Reply:
+        if agent.ready.is_set():
+            return http.Reply(200, body=b"ok\n")
+        return http.Reply(503, body=b"not ready: no reconcile was completed yet\n")
+
+    health = {"/healthz": alive, "/livez": alive, "/readyz": ready}
+    measured = {"/metrics": lambda: http.metrics_reply(metrics.registry)}
+    if healthz == metrics_bind:
+        servers = [http.serve(healthz, {**health, **measured})]
+    else:
+        servers = [http.serve(healthz, health), http.serve(metrics_bind, measured)]
+    return [server for server in servers if server is not None]
+
+
+def _locked(state_dir: Path) -> int | None:
+    """Return the descriptor that holds the lock of `state_dir`, or None, said why, when another agent has it."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(state_dir / status.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            pid = os.read(descriptor, 20).decode(errors="replace").strip()
+            log.error("another pynetd serves this state directory", extra=logs.fields(state_dir=state_dir, pid=pid))
+            os.close(descriptor)
+            return None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        return descriptor
+
+
+def _install(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pynetd install", description="Put the CNI executables where a runtime looks."
+    )
+    parser.add_argument("--cni-bin-dir", type=Path, default=Path("/opt/cni/bin"), metavar="DIR", help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    from cni.install import install
+
+    try:
+        install(args.cni_bin_dir)
+    except OSError as error:
+        print(f"pynetd install: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _status(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="pynetd status", description="Print what this node's agent says of itself.")
+    parser.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help="(%(default)s)")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    args = parser.parse_args(arguments)
+    said = status.load(args.state_dir)
+    if said is None:
+        file = args.state_dir / status.STATUS
+        print(f"pynetd status: no {file}: no agent has reconciled with that --state-dir yet", file=sys.stderr)
+        return 1
+    if args.output == "json":
+        print((args.state_dir / status.STATUS).read_text())
+    else:
+        print(status.render(said, status.running(args.state_dir)), end="")
+    return 0
+
+
+def _cidrs(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _duration(text: str) -> float:
+    """Return seconds: `90`, `90s`, `1m30s`, `500ms`."""
+    scale = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: expected as in 60s, 1m30s")
+    seconds = sum(float(number) * scale[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError("must be above zero")
+    return seconds
+
+
+def _vni(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 1 << 24:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to 16777215")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to 65535")
+    return int(text)

@@ -1,0 +1,53 @@
+"""Makes the VXLAN devices that are wanted, mends those that differ, and removes those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cni.node.routes import DEVICES, Device
+from pynet.daemon import logs
+from pynet.kernel.routes import Rtnetlink
+from pynet.netstate import NetState
+
+log = logs.get(__name__)
+ALIAS = "pynetd"
+
+
+def ensure(kernel: Rtnetlink, devices: Iterable[Device], state: NetState) -> bool:
+    """Bring our VXLAN devices to what is wanted; return whether something changed. Raise `NetlinkError`."""
+    changed = False
+    for device in devices:
+        link = state.link(device.name)
+        if link is not None and link.vxlan != device.vxlan:
+            log.info("VXLAN device made anew", extra=logs.fields(dev=device.name, was=link.vxlan, wanted=device.vxlan))
+            kernel.delete_link(device.name)
+            link = None
+        made = link is None
+        if link is None:
+            kernel.make_vxlan(device.name, device.vxlan, device.mac, device.mtu)
+            log.info("VXLAN device made", extra=logs.fields(dev=device.name, vxlan=device.vxlan, mtu=device.mtu))
+        if link is None or (link.mac, link.mtu, link.alias, link.up) != (device.mac, device.mtu, ALIAS, True):
+            kernel.set_link(device.name, mac=device.mac, mtu=device.mtu, alias=ALIAS)
+            changed = True
+        present = set() if made else {f"{a.address}/{a.length}" for a in state.addresses if a.dev == device.name}
+        for entry in sorted(present - set(device.addresses)):
+            address, _, length = entry.partition("/")
+            kernel.delete_address(device.name, address, int(length))
+            changed = True
+        for entry in device.addresses:
+            if entry not in present:
+                address, _, length = entry.partition("/")
+                kernel.set_address(device.name, address, int(length))
+                changed = True
+    return changed
+
+
+def remove_others(kernel: Rtnetlink, devices: Iterable[Device], state: NetState) -> bool:
+    """Remove VXLAN devices of ours that are not in `devices`; return whether there were some."""
+    keep = {device.name for device in devices}
+    stale = [link.name for link in state.links if link.name in DEVICES.values() and link.kind == "vxlan"]
+    for name in stale:
+        if name not in keep:
+            kernel.delete_link(name)
+            log.info("VXLAN device removed", extra=logs.fields(dev=name))
+    return any(name not in keep for name in stale)
