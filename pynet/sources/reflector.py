@@ -202,7 +202,7 @@ class Reflector:
         return [self._error(status)]
 
     def interrupted(self, reason: str, *, silent: bool = False) -> list[Change]:
-        """Take in that the answer was cut off; a streaming list without an end, or cut off again and again, is given up."""
+        """Take in that the answer was cut off; a streaming list cut off again and again, or without end, is given up."""
         if not (self._listing and self._streaming):
             return []
         self._broken += 1

@@ -1,0 +1,76 @@
+"""What goes wrong on purpose: a script of faults, each for the requests that it matches, as often as it says."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from apiserver.errors import ApiError
+
+
+@dataclass
+class Fault:
+    """One fault.
+
+    Which requests: `plural` and `verb` ("list", "watch", "get", "create" …; "": any), `times` (None: always).
+    What happens: `error` is the answer; `delay` seconds pass before it; `hang`: no answer, until the server lets go.
+    On a watch, after `after` events of it: `cut` ends the connection in mid-line, `close` ends it well, `stall` says
+    nothing more and keeps it open, `gone` sends an ERROR event 410, `garbage` sends a line that is no JSON. All
+    along a watch: `duplicate` sends each event twice, `swap` sends events in pairs, the later one first,
+    `quiet` sends no bookmarks, `drip` sends that many bytes at a time, `pause` seconds between.
+    """
+
+    plural: str = ""
+    verb: str = ""
+    times: int | None = 1
+    error: ApiError | None = None
+    delay: float = 0.0
+    hang: bool = False
+    after: int = 0
+    cut: bool = False
+    close: bool = False
+    stall: bool = False
+    gone: bool = False
+    garbage: bool = False
+    duplicate: bool = False
+    swap: bool = False
+    quiet: bool = False
+    drip: int = 0
+    pause: float = 0.0
+    met: int = field(default=0, compare=False)
+
+    @property
+    def ends_watch(self) -> bool:
+        """Whether a watch ends by it."""
+        return self.cut or self.close or self.stall or self.gone or self.garbage
+
+
+class Script:
+    """The faults that wait for their request."""
+
+    def __init__(self) -> None:
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+
+    def add(self, *faults: Fault, **fields: Any) -> Fault:
+        """Add faults, or one made of `fields`; return the last."""
+        with self._lock:
+            self._faults += faults or (Fault(**fields),)
+            return self._faults[-1]
+
+    def clear(self) -> None:
+        """Let everything go well from now on."""
+        with self._lock:
+            self._faults.clear()
+
+    def next(self, plural: str, verb: str) -> Fault | None:
+        """Return the fault of this request, if there is one, and count it."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.plural in ("", plural) and fault.verb in ("", verb):
+                    fault.met += 1
+                    if fault.times is not None and fault.met >= fault.times:
+                        self._faults.remove(fault)
+                    return fault
+        return None
