@@ -1,0 +1,1 @@
+"""A cluster on one machine: nodes are network namespaces, pods wired by pynet-cni, Services served by pyproxy."""
