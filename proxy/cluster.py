@@ -17,6 +17,7 @@ from pynet.objects import BadObject, Endpoints, EndpointSlice, Node, Object, Ref
 from pynet.sources import Batch
 
 KINDS = frozenset({"Service", "EndpointSlice", "Endpoints", "Node"})
+SNAPSHOT = 1
 _Facts = TypeVar("_Facts")
 
 
@@ -49,6 +50,25 @@ class Cluster:
         """Return what is known of a Service's endpoints: its slices, or its Endpoints where it has no slice."""
         pieces = self._slices.get(service)
         return pieces.values() if pieces else self._endpoints.get(service, ())
+
+    def snapshot(self) -> bytes:
+        """Return all that is known, for `restore`."""
+        pieces = {name: self._slices[owner][name] for name, owner in self._owner.items() if name in self._slices[owner]}
+        return _ENCODER.encode(_State(SNAPSHOT, self._services, pieces, self._endpoints, self.node))
+
+    def restore(self, state: bytes) -> bool:
+        """Begin with what an earlier `snapshot` knew; return whether it could be read. Only on an empty cluster."""
+        try:
+            known = _DECODER.decode(state)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return False
+        if known.version != SNAPSHOT:
+            return False
+        self._services, self._endpoints, self.node = known.services, known.endpoints, known.node
+        touched: set[str] = set()
+        for name, piece in known.slices.items():
+            self._put_slice(name, piece, touched)
+        return True
 
     def apply(self, batch: Batch) -> Touched:
         """Take a batch in and return what it touched."""
@@ -127,6 +147,20 @@ class Cluster:
             self._owner[name] = piece.service
             touched.add(piece.service)
         return True
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What a snapshot holds. `version` changes with the shape of anything in it."""
+
+    version: int
+    services: dict[str, ServiceFacts]
+    slices: dict[str, SliceFacts]
+    endpoints: dict[str, tuple[SliceFacts, ...]]
+    node: Node | None
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_State)
 
 
 def _put(table: dict[str, _Facts], name: str, facts: _Facts | None) -> bool:

@@ -13,12 +13,14 @@ from proxy.plan import Plan, PlanChange, ServerKey
 class ApplyError(Exception):
     """The kernel (or its tool) refused. `servers`: those at fault where that is known, else empty: all of them.
 
-    The message holds what was tried, what the tool said, and the offending line.
+    The message holds what was tried, what the tool said, and the offending line. `transient`: it is no Service's fault
+    (a lock that is held, a program that is missing): trying again later is all that can be done.
     """
 
-    def __init__(self, message: str, servers: Sequence[ServerKey] = ()) -> None:
+    def __init__(self, message: str, servers: Sequence[ServerKey] = (), *, transient: bool = False) -> None:
         super().__init__(message)
         self.servers = tuple(servers)
+        self.transient = transient
 
 
 class Written(msgspec.Struct, frozen=True):

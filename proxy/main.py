@@ -1,0 +1,158 @@
+"""The daemon `pyproxy`: wiring of source, engine, mode and servers, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from proxy import flags
+from proxy.cluster import KINDS
+from proxy.config import ConfigError, Settings
+from proxy.engine import Engine
+from proxy.health import Health, health_routes, metrics_routes
+from proxy.metrics import Metrics
+from proxy.modes import ApplyError, Mode, registry
+from proxy.plan import Family
+from pynet.daemon import lifecycle, logs
+from pynet.daemon.http import BindError, Reply, Server, serve
+from pynet.daemon.loop import BoundedRunner
+from pynet.objects import Node
+from pynet.sources.flags import NoSource, events_from, source_from
+
+log = logs.get(__name__)
+_TICK_SECONDS = 1.0
+_RETRY_SECONDS = 1.0
+Routes = dict[str, Callable[[], Reply]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `pyproxy`; return its exit code: 2 for what the command line or a file asks that cannot be."""
+    try:
+        args, settings = flags.parse(arguments)
+    except ConfigError as error:
+        print(f"pyproxy: {error}", file=sys.stderr)
+        return 2
+    lifecycle.configure_logs("pyproxy", args)
+    ignored = flags.accepted_without_meaning(args)
+    if ignored:
+        log.info("flags without meaning here are ignored", extra=logs.fields(flags=" ".join(ignored)))
+    if args.write_config_to:
+        args.write_config_to.write_text(configuration(settings))
+        return 0
+    if args.cleanup:
+        return cleanup(settings)
+    try:
+        source = source_from(args, KINDS, node=settings.node_name)
+        events = events_from(args, "pyproxy", settings.node_name)
+        mode = registry.made(settings)
+    except (NoSource, ApplyError) as error:
+        log.error(str(error))
+        return 2
+
+    stop = lifecycle.stop_on_signals()
+    metrics = Metrics()
+    families = families_of_host()
+    engine: Engine
+
+    def node() -> Node | None:
+        return engine.cluster.node
+
+    health = Health(families, settings.sync_seconds, node)
+    runner = BoundedRunner(
+        lambda: engine.work(),
+        min_interval=settings.min_sync_seconds,
+        max_interval=_TICK_SECONDS,
+        retry=_RETRY_SECONDS,
+    )
+
+    def first_written() -> None:
+        log.info("Services are in the kernel", extra=logs.fields(mode=mode.name, services=len(engine.cluster.services)))
+        lifecycle.notify("READY=1")
+        remove_other_modes(settings, mode)
+
+    engine = Engine(
+        settings,
+        mode,
+        families,
+        source.kinds,
+        metrics,
+        request=runner.request,
+        events=events,
+        health=health,
+        first_written=first_written,
+    )
+    metrics.mode.labels(mode.name, settings.mode).set(1)
+    try:
+        servers = [
+            serve_or_tell(settings, settings.healthz_bind, health_routes(health, metrics)),
+            serve_or_tell(
+                settings,
+                settings.metrics_bind,
+                metrics_routes(health, metrics, lambda: mode.name, lambda: configuration(settings)),
+            ),
+        ]
+    except BindError as error:
+        log.error(str(error))
+        return 2
+    threading.Thread(target=source.run, args=(engine.deliver, stop), name="source", daemon=True).start()
+    log.info("started", extra=logs.fields(mode=mode.name, node=settings.node_name, version=lifecycle.version()))
+    runner.run(stop)
+    lifecycle.notify("STOPPING=1")
+    for server in servers:
+        if server:
+            server.close()
+    events.close()
+    return 0
+
+
+def serve_or_tell(settings: Settings, bind: str, routes: Routes) -> Server | None:
+    """Serve, or say why not and go on, unless that is to be an error."""
+    try:
+        return serve(bind, routes)
+    except BindError as error:
+        if settings.bind_hard_fail:
+            raise
+        log.error(str(error))
+        return None
+
+
+def families_of_host() -> tuple[Family, ...]:
+    """Return the address families that this network namespace has."""
+    return (Family.V4, Family.V6) if Path("/proc/self/net/if_inet6").exists() else (Family.V4,)
+
+
+def configuration(settings: Settings) -> str:
+    """Return the settings in use, as JSON."""
+    return msgspec.json.format(msgspec.json.encode(settings)).decode() + "\n"
+
+
+def remove_other_modes(settings: Settings, current: Mode) -> None:
+    """Remove what another mode has left, now that the current one's rules stand."""
+    for name in registry.MODES:
+        if name == current.name:
+            continue
+        try:
+            registry.made(settings, name).cleanup()
+        except Exception as error:  # another mode may not even be possible here, and must not stop this one
+            log.debug("nothing to remove", extra=logs.fields(mode=name, error=error))
+
+
+def cleanup(settings: Settings) -> int:
+    """Remove everything of ours in every mode; return the exit code."""
+    failed = 0
+    for name in registry.MODES:
+        try:
+            registry.made(settings, name).cleanup()
+        except Exception as error:  # the others are cleaned all the same
+            if name == settings.mode:
+                failed = 1
+            log.warning("clean-up failed", extra=logs.fields(mode=name, error=error))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

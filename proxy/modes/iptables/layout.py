@@ -1,0 +1,388 @@
+"""A `Plan` in iptables' words: chains and their rules, spelled as iptables-save spells them. Pure.
+
+nat decides once a connection: PYNET-SERVICES sets the masquerade mark by origin, the tree of `dispatch` leads to a
+Service port's own chain, whose rules are the DNAT rules themselves. What is refused or dropped is marked there as well
+(a connection that is never confirmed meets nat with each packet), and constant rules of filter act on the mark. So a
+change of endpoints rewrites one chain, and nothing grows with the Services but the tree and one chain each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+from proxy.modes.iptables import dispatch
+from proxy.modes.iptables.dispatch import Chains, Entry, digest
+from proxy.plan import (
+    Action,
+    Endpoint,
+    Family,
+    Frontend,
+    FrontendKind,
+    LocalDetector,
+    LocalKind,
+    NodeSettings,
+    Origin,
+    Plan,
+    Scheduler,
+    Verdict,
+    VirtualServer,
+    inside,
+)
+
+PREFIX = "PYNET-"
+# table, built-in chain, ours: each jump is the first rule of its built-in chain
+JUMPS = (
+    ("nat", "PREROUTING", "PYNET-SERVICES"),
+    ("nat", "OUTPUT", "PYNET-SERVICES"),
+    ("nat", "POSTROUTING", "PYNET-POSTROUTING"),
+    ("filter", "INPUT", "PYNET-INPUT"),
+    ("filter", "FORWARD", "PYNET-FORWARD"),
+    ("filter", "OUTPUT", "PYNET-OUTPUT"),
+)
+_LOOPBACK = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
+# Classic BPF that says "source equals destination": words of the IP header, 12 and 16; in IPv6 8… and 24….
+_SAME_ADDRESS = {
+    Family.V4: "6,32 0 0 12,7 0 0 0,32 0 0 16,29 0 1 0,6 0 0 65535,6 0 0 0",
+    Family.V6: "18," + ",".join(f"32 0 0 {8 + w},7 0 0 0,32 0 0 {24 + w},29 0 {13 - w} 0" for w in (0, 4, 8, 12))
+    + ",6 0 0 65535,6 0 0 0",
+}  # fmt: skip
+_MAX_SLOTS = 256
+
+
+def refuse_mark(settings: NodeSettings) -> int:
+    """Return the bit that says "refused", beside the masquerade bit; both together say "dropped"."""
+    mark = settings.masquerade_mark
+    return mark << 1 if mark < 1 << 31 else mark >> 1
+
+
+def _digest(server: VirtualServer, part: str = "") -> str:
+    key = server.key
+    return digest("\n".join((key.service, key.port_name, key.protocol, part)))
+
+
+def chain_for(server: VirtualServer, action: Action) -> str:
+    """Return the chain that does `action` for a Service port."""
+    if action is Action.DROP:
+        return "PYNET-DROP"
+    return f"PYNET-{'SVL' if action is Action.LOCAL else 'SVC'}-{_digest(server)}"
+
+
+def entries_of(server: VirtualServer, settings: NodeSettings) -> tuple[Entry, ...]:
+    """Return what leads to a Service port: an entry a frontend."""
+    protocol = server.key.protocol.lower()
+    return tuple(
+        Entry(
+            frontend.address,
+            protocol,
+            frontend.port,
+            _entry_chain(server, frontend, settings),
+            _comment(server, frontend),
+        )
+        for frontend in server.frontends
+    )
+
+
+def refused_addresses(server: VirtualServer) -> Iterable[str]:
+    """Return the addresses of a Service port whose other ports are refused: its cluster IP."""
+    return (f.address for f in server.frontends if f.kind is FrontendKind.CLUSTER_IP and f.address)
+
+
+def server_chains(server: VirtualServer, settings: NodeSettings) -> Chains:
+    """Return the chains that are a Service port's own, all in nat."""
+    chains: Chains = {}
+    actions = {v.action for f in server.frontends for v in (f.pod, f.node, f.outside)}
+    if actions & {Action.CLUSTER, Action.REJECT}:
+        name = chain_for(server, Action.CLUSTER)
+        chains[name] = _balance(server, server.cluster if Action.CLUSTER in actions else ())
+    if Action.LOCAL in actions:
+        chains[chain_for(server, Action.LOCAL)] = _balance(server, server.local)
+    for frontend in server.frontends:
+        if not _goes_straight(frontend, settings):
+            name = _origin_chain(server, frontend)
+            if name not in chains:
+                chains[name] = _origin_rules(server, frontend, settings)
+        if frontend.source_ranges is not None:
+            chains[_entry_chain(server, frontend, settings)] = [
+                *(f"-s {network} -j {_inner_chain(server, frontend, settings)}" for network in frontend.source_ranges),
+                "-j PYNET-DROP",
+            ]
+    return chains
+
+
+def dispatch_chains(
+    family: Family, settings: NodeSettings, entries: Iterable[Entry], refused: frozenset[str]
+) -> Chains:
+    """Return the trees that lead to the Service ports."""
+    entries = list(entries)
+    head = [] if uses_loopback(family, settings) else [f"-d {_LOOPBACK[family]} -j RETURN"]
+    return {
+        **dispatch.address_chains(family, (entry for entry in entries if entry.address), refused),
+        **dispatch.node_port_chains(head, (entry for entry in entries if not entry.address)),
+    }
+
+
+def uses_loopback(family: Family, settings: NodeSettings) -> bool:
+    """Whether node ports answer on loopback addresses."""
+    if family is Family.V6 or not settings.localhost_node_ports:
+        return False
+    return not settings.node_port_addresses or inside("127.0.0.1", settings.node_port_addresses)
+
+
+def constant_chains(family: Family, settings: NodeSettings, *, drop_invalid: bool) -> dict[str, Chains]:
+    """Return, by table, the chains that do not depend on any Service."""
+    return {"nat": _constant_nat(family, settings), "filter": _constant_filter(family, settings, drop_invalid)}
+
+
+def render(
+    table: str, chains: Mapping[str, Iterable[str]], gone: Iterable[str] = (), commands: Iterable[str] = ()
+) -> str:
+    """Return the rule file that gives `chains` their rules, runs `commands` and removes the chains `gone`."""
+    gone = list(gone)
+    lines = [f"*{table}"]
+    lines += (f":{chain} - [0:0]" for chain in chains)
+    lines += (f":{chain} - [0:0]" for chain in gone)
+    for chain, rules in chains.items():
+        lines += (f"-A {chain} {rule}" for rule in rules)
+    lines += commands
+    lines += (f"-X {chain}" for chain in gone)
+    lines.append("COMMIT\n")
+    return "\n".join(lines)
+
+
+def all_server_chains(plan: Plan) -> Chains:
+    """Return the chains of every Service port."""
+    chains: Chains = {}
+    for server in plan.servers.values():
+        chains.update(server_chains(server, plan.settings))
+    return chains
+
+
+def trees(plan: Plan) -> Chains:
+    """Return the trees that lead to the Service ports of `plan`."""
+    entries = [entry for server in plan.servers.values() for entry in entries_of(server, plan.settings)]
+    refused = frozenset(address for server in plan.servers.values() for address in refused_addresses(server))
+    return dispatch_chains(plan.family, plan.settings, entries, refused)
+
+
+def entrances(server: VirtualServer | None, settings: NodeSettings) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """Return what of a Service port is in the trees: they need no new look while this stays."""
+    return (entries_of(server, settings), tuple(refused_addresses(server))) if server else ((), ())
+
+
+def _mark(value: int, mask: int) -> str:
+    return f"-j MARK --set-xmark {value:#x}/{mask:#x}"
+
+
+def _constant_nat(family: Family, settings: NodeSettings) -> Chains:
+    masquerade, refuse = settings.masquerade_mark, refuse_mark(settings)
+    both = masquerade | refuse
+    networks = settings.node_port_addresses
+    to_node_ports = f"-m addrtype --dst-type LOCAL -j {dispatch.NODE_PORTS}"
+    return {
+        "PYNET-SERVICES": [
+            *_default_marks(settings),
+            f"-j {dispatch.ROOT}",
+            *(f"{'' if network.endswith('/0') else f'-d {network} '}{to_node_ports}" for network in networks),
+            *([] if networks else [to_node_ports]),
+            _mark(0, both),
+        ],
+        "PYNET-REJECT": [_mark(refuse, both), "-j ACCEPT"],
+        "PYNET-DROP": [_mark(both, both), "-j ACCEPT"],
+        "PYNET-POSTROUTING": [
+            f'-m conntrack --ctstate DNAT -m bpf --bytecode "{_SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
+            f"-m mark ! --mark {masquerade:#x}/{masquerade:#x} -j RETURN",
+            _mark(masquerade, 0),
+            "-j MASQUERADE --random-fully",
+        ],
+    }
+
+
+def _constant_filter(family: Family, settings: NodeSettings, drop_invalid: bool) -> Chains:
+    masquerade, refuse = settings.masquerade_mark, refuse_mark(settings)
+    both = masquerade | refuse
+    icmp = "icmp6-port-unreachable" if family is Family.V6 else "icmp-port-unreachable"
+    refused = f"-m mark --mark {refuse:#x}/{refuse:#x} -j PYNET-REFUSE"
+    loopback = _LOOPBACK[family]
+    # Loopback addresses become reachable with route_localnet; nobody else may use that (CVE-2020-8558).
+    guard = f"! -s {loopback} -d {loopback} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+    return {
+        "PYNET-INPUT": [refused, *([guard] if uses_loopback(family, settings) else [])],
+        "PYNET-OUTPUT": [refused],
+        "PYNET-FORWARD": [
+            refused,
+            *(["-m conntrack --ctstate INVALID -j DROP"] if drop_invalid else []),
+            f"-m mark --mark {masquerade:#x}/{masquerade:#x} -j ACCEPT",
+            "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        ],
+        "PYNET-REFUSE": [
+            f"-m mark --mark {both:#x}/{both:#x} -j DROP",
+            "-p tcp -j REJECT --reject-with tcp-reset",
+            f"-j REJECT --reject-with {icmp}",
+        ],
+    }
+
+
+def _pod_matches(detector: LocalDetector) -> list[str]:
+    """Return matches, any of which says that the source is a pod; the first of them can be negated by `! `."""
+    if detector.kind is LocalKind.CIDR:
+        return [f"-s {network}" for network in detector.cidrs]
+    if detector.kind is LocalKind.BRIDGE:
+        return [f"-i {detector.interface}"]
+    if detector.kind is LocalKind.PREFIX:
+        return [f"-i {detector.interface}+"]
+    return []
+
+
+def _default_marks(settings: NodeSettings) -> list[str]:
+    """Return the rules that give each packet the mark that a cluster IP wants for its origin."""
+    mark = settings.masquerade_mark
+    if settings.masquerade_all:
+        return [_mark(mark, mark)]
+    pods = _pod_matches(settings.detector)
+    if not pods:
+        return []
+    return [f"! {pods[0]} {_mark(mark, mark)}", *(f"{pod} {_mark(0, mark)}" for pod in pods[1:])]
+
+
+def _default_masquerade(settings: NodeSettings, origin: Origin) -> bool:
+    if settings.masquerade_all:
+        return True
+    return settings.detector.kind is not LocalKind.NONE and origin is not Origin.POD
+
+
+def _origins(settings: NodeSettings) -> tuple[Origin, ...]:
+    if settings.detector.kind is LocalKind.NONE:
+        return (Origin.NODE, Origin.OUTSIDE)
+    return (Origin.POD, Origin.NODE, Origin.OUTSIDE)
+
+
+def _forwards(verdict: Verdict) -> bool:
+    return verdict.action in (Action.CLUSTER, Action.LOCAL)
+
+
+def _goes_straight(frontend: Frontend, settings: NodeSettings) -> bool:
+    """Whether one chain serves every origin, with the marks as PYNET-SERVICES has set them."""
+    verdicts = [(origin, frontend.verdict_for(origin)) for origin in _origins(settings)]
+    return (
+        len({verdict.action for _, verdict in verdicts}) == 1
+        and all(
+            not _forwards(verdict) or verdict.masquerade == _default_masquerade(settings, origin)
+            for origin, verdict in verdicts
+        )
+        and frontend.kind is FrontendKind.CLUSTER_IP
+    )
+
+
+def _origin_chain(server: VirtualServer, frontend: Frontend) -> str:
+    """Return the chain that tells origins apart; frontends with the same verdicts share one."""
+    first = next(f for f in server.frontends if f.kind is not FrontendKind.CLUSTER_IP or f is frontend)
+    verdicts = (frontend.pod, frontend.node, frontend.outside)
+    if verdicts == (first.pod, first.node, first.outside) and frontend.kind is not FrontendKind.CLUSTER_IP:
+        return f"PYNET-EXT-{_digest(server)}"
+    spelled = "|".join(f"{v.action.value}{int(v.masquerade)}" for v in verdicts)
+    return f"PYNET-EXT-{_digest(server, spelled)}"
+
+
+def _inner_chain(server: VirtualServer, frontend: Frontend, settings: NodeSettings) -> str:
+    if _goes_straight(frontend, settings):
+        return chain_for(server, frontend.node.action)
+    return _origin_chain(server, frontend)
+
+
+def _entry_chain(server: VirtualServer, frontend: Frontend, settings: NodeSettings) -> str:
+    if frontend.source_ranges is not None:
+        return f"PYNET-FW-{_digest(server, f'{frontend.address}|{frontend.port}')}"
+    return _inner_chain(server, frontend, settings)
+
+
+def _origin_rules(server: VirtualServer, frontend: Frontend, settings: NodeSettings) -> list[str]:
+    """Return rules that give each origin its verdict; those alike in all origins are one."""
+    origins = _origins(settings)
+    decided = {origin: frontend.verdict_for(origin) for origin in origins}
+    mark = settings.masquerade_mark
+    rules: list[str] = []
+    if len(set(decided.values())) == 1:
+        origins = (Origin.OUTSIDE,)
+    for origin in origins:
+        verdict = decided[origin]
+        matches = {
+            Origin.POD: [f"{pod} " for pod in _pod_matches(settings.detector)],
+            Origin.NODE: ["-m addrtype --src-type LOCAL "],
+            Origin.OUTSIDE: [""],
+        }[origin]
+        is_default = len(origins) > 1 and verdict.masquerade == _default_masquerade(settings, origin)
+        for match in matches:
+            if _forwards(verdict) and not is_default:
+                rules.append(f"{match}{_mark(mark if verdict.masquerade else 0, mark)}")
+            rules.append(f"{match}-j {chain_for(server, verdict.action)}")
+    return rules
+
+
+def _balance(server: VirtualServer, endpoints: tuple[Endpoint, ...]) -> list[str]:
+    """Return the rules that choose one of `endpoints`; without any, the connection is refused."""
+    if not endpoints:
+        return ["-j PYNET-REJECT"]
+    protocol = f"-p {server.key.protocol.lower()} "
+    targets = [_target(endpoint) for endpoint in endpoints]
+    if not server.affinity_seconds:
+        return [
+            f"{protocol}{chance}-j DNAT --to-destination {targets[index]}"
+            for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
+        ]
+    mask = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff" if ":" in endpoints[0].address else "255.255.255.255"
+    lists = [f"PYNET-{_digest(server, target)}" for target in targets]
+    known = [
+        f"{protocol}-m recent --update --seconds {server.affinity_seconds} --reap "
+        f"--name {name} --mask {mask} --rsource -j DNAT --to-destination {target}"
+        for name, target in zip(lists, targets, strict=True)
+    ]
+    return known + [
+        f"{protocol}{chance}-m recent --set --name {lists[index]} --mask {mask} --rsource "
+        f"-j DNAT --to-destination {targets[index]}"
+        for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
+    ]
+
+
+def _target(endpoint: Endpoint) -> str:
+    return f"[{endpoint.address}]:{endpoint.port}" if ":" in endpoint.address else f"{endpoint.address}:{endpoint.port}"
+
+
+@lru_cache(maxsize=4096)
+def _chances(scheduler: str, weights: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    """Return (match, index) in order: each match is tried on what the ones before it left; the last one takes all.
+
+    Round robin counts connections (`nth`), a slot a weight unit; random, and weights too great for slots, by chance.
+    """
+    if scheduler == Scheduler.ROUND_ROBIN.value and (slots := _slots(weights)):
+        count = len(slots)
+        return tuple(
+            (f"-m statistic --mode nth --every {count - place} --packet 0 " if place < count - 1 else "", index)
+            for place, index in enumerate(slots)
+        )
+    left = sum(weights)
+    found = []
+    for index, weight in enumerate(weights):
+        chance = f"-m statistic --mode random --probability {_probability(weight / left)} " if weight < left else ""
+        found.append((chance, index))
+        left -= weight
+    return tuple(found)
+
+
+def _slots(weights: tuple[int, ...]) -> list[int]:
+    """Return the indexes in turn, each as often as its weight; empty where that would be too many rules."""
+    if sum(weights) > max(_MAX_SLOTS, len(weights)):
+        return [] if len(set(weights)) > 1 else list(range(len(weights)))
+    turns = max(weights)
+    return [index for turn in range(turns) for index, weight in enumerate(weights) if weight > turn]
+
+
+def _probability(chance: float) -> str:
+    """Return a chance as iptables-save prints what the kernel keeps of it: 31 bits."""
+    return f"{round(chance * 0x80000000) / 0x80000000:.11f}"
+
+
+def _comment(server: VirtualServer, frontend: Frontend) -> str:
+    """Return words for whoever lists the rules: nothing in them can end the quoted text or the line."""
+    text = f"{server.key.service}:{server.key.port_name} {frontend.kind.value}"
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_./: ") else "?" for c in text)[:200]

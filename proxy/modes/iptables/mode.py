@@ -1,0 +1,233 @@
+"""Writes the iptables layout: whole at first (only what differs from what the kernel holds), then chain by chain."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from proxy.modes import ApplyError, Drift, Written
+from proxy.modes.iptables import layout
+from proxy.modes.iptables.dispatch import Chains
+from proxy.plan import Family, Plan, PlanChange, ServerKey
+from pynet.daemon import logs
+from pynet.kernel import sysctl
+from pynet.kernel.iptables import BACKENDS, Backend, IptablesError, Tool, Version, backend_of_host
+
+log = logs.get(__name__)
+_TABLES = ("filter", "nat")
+_OURS = re.compile(
+    r"PYNET-(SERVICES|NODEPORTS|IPS|REJECT|DROP|POSTROUTING|INPUT|FORWARD|OUTPUT|REFUSE"
+    r"|(SVC|SVL|EXT|FW|PT)-[A-Z2-7]{16}|IP-[0-9A-Z.-]+|NP-[0-9a-z-]+)"
+)
+_VERSIONS: dict[Family, Version] = {Family.V4: 4, Family.V6: 6}
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What a table of the kernel holds: our chains with their rules, and which of our jumps."""
+
+    chains: Chains
+    jumps: frozenset[tuple[str, str]]
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What was written last, in one family."""
+
+    plan: Plan
+    trees: Chains
+
+
+class IptablesMode:
+    """The iptables mode, on one back end. `backend`: None: the one that this host uses."""
+
+    name = "iptables"
+
+    def __init__(self, backend: Backend | None = None, *, drop_invalid: bool = True) -> None:
+        self.backend: Backend = backend or backend_of_host()
+        self._drop_invalid = drop_invalid
+        self._standing: dict[Family, Standing] = {}
+
+    def sync(self, plans: Sequence[Plan]) -> Written:
+        """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
+        written = [self._converge(plan)[0] for plan in plans]
+        return _sum(written)
+
+    def update(self, changes: Sequence[PlanChange]) -> Written:
+        """Rewrite the chains of the servers that changed. Raise `ApplyError`."""
+        return _sum(
+            self._update(change)
+            if change.old.settings == change.new.settings and change.new.family in self._standing
+            else self._converge(change.new)[0]
+            for change in changes
+        )
+
+    def audit(self) -> Drift:
+        """Read the kernel back and repair what differs from the last plans. Raise `ApplyError`."""
+        found: list[tuple[ServerKey | None, str]] = []
+        for standing in list(self._standing.values()):
+            _, names = self._converge(standing.plan)
+            owners = _owners(standing.plan) if names else {}
+            found += ((owners.get(name), f"{standing.plan.family.value}: {what}") for name, what in names)
+        return Drift(tuple(found))
+
+    def tampered(self) -> bool:
+        """Whether one of our jumps is gone."""
+        return any(
+            f"-A {builtin} -j {ours}" not in self._tool(family).rules_of(table, builtin)
+            for family in self._standing
+            for table, builtin, ours in layout.JUMPS
+        )
+
+    def cleanup(self) -> None:
+        """Remove our chains and jumps from both back ends."""
+        for backend in BACKENDS:
+            self._clean_backend(backend)
+        self._standing.clear()
+
+    def clean_other_backend(self) -> None:
+        """Remove what an earlier run left in the back end that is not in use."""
+        for backend in BACKENDS:
+            if backend != self.backend:
+                self._clean_backend(backend)
+
+    def _clean_backend(self, backend: Backend) -> None:
+        for version in _VERSIONS.values():
+            tool = Tool(backend, version)
+            try:
+                for table in _TABLES:
+                    script = _removal(table, parse(tool.save(table)))
+                    if script:
+                        tool.restore(script)
+            except IptablesError as error:
+                log.warning("clean-up failed", extra=logs.fields(backend=backend, ip_version=version, error=error))
+
+    def _tool(self, family: Family) -> Tool:
+        return Tool(self.backend, _VERSIONS[family])
+
+    def _converge(self, plan: Plan) -> tuple[Written, list[tuple[str, str]]]:
+        """Make the kernel hold `plan`; return what was written, and (chain, what was wrong) for each difference."""
+        began = time.monotonic()
+        wanted = layout.constant_chains(plan.family, plan.settings, drop_invalid=self._drop_invalid)
+        trees = layout.trees(plan)
+        wanted["nat"] |= layout.all_server_chains(plan) | trees
+        rendered = time.monotonic()
+        tool = self._tool(plan.family)
+        script = ""
+        wrong: list[tuple[str, str]] = []
+        for table in _TABLES:
+            held = parse(_saved(tool, table))
+            differing = {name: rules for name, rules in wanted[table].items() if held.chains.get(name) != rules}
+            gone = [name for name in held.chains if name not in wanted[table]]
+            jumps = [jump for jump in _jumps(table) if jump not in held.jumps]
+            wrong += (
+                (name, f"{table} chain {name} {'differs' if name in held.chains else 'is missing'}")
+                for name in differing
+            )
+            wrong += ((name, f"{table} chain {name} is not in the plan") for name in gone)
+            wrong += ((ours, f"{table} {builtin} does not jump to {ours}") for builtin, ours in jumps)
+            if differing or gone or jumps:
+                script += layout.render(table, differing, gone, [f"-I {builtin} -j {ours}" for builtin, ours in jumps])
+        if layout.uses_loopback(plan.family, plan.settings):
+            sysctl.write("net/ipv4/conf/all/route_localnet", 1)
+        if script:
+            self._restore(tool, script, plan)
+        self._standing[plan.family] = Standing(plan, trees)
+        return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered), wrong
+
+    def _update(self, change: PlanChange) -> Written:
+        began = time.monotonic()
+        standing = self._standing[change.new.family]
+        before: Chains = {}
+        after: Chains = {}
+        is_moved = False
+        settings = change.new.settings
+        for key in change.keys:
+            old, new = standing.plan.servers.get(key), change.new.servers.get(key)
+            before |= layout.server_chains(old, settings) if old else {}
+            after |= layout.server_chains(new, settings) if new else {}
+            is_moved = is_moved or layout.entrances(old, settings) != layout.entrances(new, settings)
+        trees = standing.trees
+        if is_moved:
+            trees = layout.trees(change.new)
+            before |= {name: rules for name, rules in standing.trees.items() if trees.get(name) != rules}
+            after |= {name: rules for name, rules in trees.items() if standing.trees.get(name) != rules}
+        differing = {name: rules for name, rules in after.items() if before.get(name) != rules}
+        gone = [name for name in before if name not in after]
+        script = layout.render("nat", differing, gone) if differing or gone else ""
+        rendered = time.monotonic()
+        if script:
+            self._restore(self._tool(change.new.family), script, change.new)
+        self._standing[change.new.family] = Standing(change.new, trees)
+        return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered)
+
+    def _restore(self, tool: Tool, script: str, plan: Plan) -> None:
+        try:
+            tool.restore(script)
+        except IptablesError as error:
+            text = line_of(script, error.line)
+            names = re.findall(r"PYNET-[^ ]+", text)[:1]
+            key = _owners(plan).get(names[0]) if names else None
+            message = f"{error}; line {error.line}: {text}" if text else str(error)
+            raise ApplyError(message, [key] if key else []) from error
+
+
+def parse(saved: str) -> Held:
+    """Return what a saved table holds of ours."""
+    chains: Chains = {}
+    jumps = set()
+    for line in saved.splitlines():
+        if line.startswith(":"):
+            name = line[1:].partition(" ")[0]
+            if _OURS.fullmatch(name):
+                chains[name] = []
+        elif line.startswith("-A "):
+            _, chain, rule = line.split(" ", 2)
+            if chain in chains:
+                chains[chain].append(rule)
+            elif rule.startswith("-j PYNET-"):
+                jumps.add((chain, rule[3:]))
+    return Held(chains, frozenset(jumps))
+
+
+def line_of(script: str, number: int | None) -> str:
+    """Return a rule file's line, empty where that says nothing."""
+    lines = script.splitlines()
+    text = lines[number - 1] if number and number <= len(lines) else ""
+    return "" if text.startswith(("COMMIT", "*")) else text[:300]
+
+
+def _removal(table: str, held: Held) -> str:
+    """Return the rule file that removes what is held of ours; empty where nothing is."""
+    jumps = [f"-D {builtin} -j {ours}" for builtin, ours in sorted(held.jumps) if _OURS.fullmatch(ours)]
+    if not jumps and not held.chains:
+        return ""
+    return layout.render(table, {}, held.chains, jumps)
+
+
+def _jumps(table: str) -> Iterable[tuple[str, str]]:
+    return ((builtin, ours) for name, builtin, ours in layout.JUMPS if name == table)
+
+
+def _saved(tool: Tool, table: str) -> str:
+    try:
+        return tool.save(table)
+    except IptablesError as error:
+        raise ApplyError(str(error)) from error
+
+
+def _owners(plan: Plan) -> dict[str, ServerKey]:
+    """Return which Service port each chain belongs to."""
+    return {
+        chain: server.key for server in plan.servers.values() for chain in layout.server_chains(server, plan.settings)
+    }
+
+
+def _sum(written: Iterable[Written]) -> Written:
+    parts = list(written)
+    return Written(
+        sum(part.objects for part in parts),
+        sum(part.render_seconds for part in parts),
+        sum(part.apply_seconds for part in parts),
+    )

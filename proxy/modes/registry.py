@@ -1,0 +1,28 @@
+"""The modes by name, each imported only when it is asked for: a mode's libraries and kernel needs are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proxy.config import Settings
+from proxy.modes import Mode
+
+Factory = Callable[[Settings], Mode]
+
+
+def _iptables(settings: Settings) -> Mode:
+    from proxy.modes.iptables.mode import IptablesMode
+
+    backend = settings.iptables_backend
+    return IptablesMode(
+        "legacy" if backend == "legacy" else "nft" if backend == "nft" else None,
+        drop_invalid=not settings.conntrack.tcp_be_liberal,
+    )
+
+
+MODES: dict[str, Factory] = {"iptables": _iptables}
+
+
+def made(settings: Settings, name: str | None = None) -> Mode:
+    """Return the mode of that name (default: the one in `settings`). Raise `ApplyError` where it cannot be."""
+    return MODES[name or settings.mode](settings)

@@ -1,0 +1,114 @@
+"""iptables through its own programs: rule files in, rule files out. The only place that runs them.
+
+Two back ends exist on a host, `legacy` and `nft`, and rules of both are in force at once; a `Tool` writes one of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+Backend = Literal["legacy", "nft"]
+Version = Literal[4, 6]
+BACKENDS: tuple[Backend, ...] = ("legacy", "nft")
+_WAIT_SECONDS = 5
+_HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
+_LINE = re.compile(r"(?:line:? )(\d+)")
+
+
+class IptablesError(Exception):
+    """A program refused: what it said. `line`: the number of the rule file's line at fault, where it said that."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class Tool:
+    """The programs of one back end and IP version."""
+
+    def __init__(self, backend: Backend, version: Version) -> None:
+        self.backend = backend
+        self.version = version
+        self._stem = f"{'ip6tables' if version == 6 else 'iptables'}-{backend}"
+
+    def restore(self, rules: str) -> None:
+        """Apply a rule file on top of what is there: each of its tables at once, or not. Raise `IptablesError`."""
+        arguments = ["--noflush"]
+        if self.backend == "legacy":
+            arguments += ["--wait", str(_WAIT_SECONDS)]
+        _run([f"{self._stem}-restore", *arguments], rules)
+
+    def save(self, table: str) -> str:
+        """Return a table as a rule file; empty where the kernel has no such table in use."""
+        if self.backend == "legacy" and table not in _legacy_tables(self.version):
+            return ""
+        return _run([f"{self._stem}-save", "-t", table])
+
+    def rules_of(self, table: str, chain: str) -> list[str]:
+        """Return one chain's rules as `-S` prints them; none where the chain is missing."""
+        try:
+            return _run([self._stem, *self._wait(), "-t", table, "-S", chain]).splitlines()
+        except IptablesError as error:
+            if "No chain/target/match" in str(error) or "does not exist" in str(error) or "Bad rule" in str(error):
+                return []
+            raise
+
+    def change(self, table: str, arguments: list[str]) -> None:
+        """Run one command, as `["-I", "INPUT", …]`. Raise `IptablesError`."""
+        _run([self._stem, *self._wait(), "-t", table, *arguments])
+
+    def _wait(self) -> list[str]:
+        return ["-w", str(_WAIT_SECONDS)]
+
+
+def backend_of_host() -> Backend:
+    """Return the back end in use in this network namespace: the one that holds rules, else what `iptables` means.
+
+    As the iptables wrapper of the Kubernetes project: kubelet's hint chains first, then the greater number of rules.
+    Reads legacy tables only where the kernel already has some: reading would create them.
+    """
+    saved: dict[Backend, str] = {}
+    for backend in BACKENDS:
+        tools = [Tool(backend, version) for version in (4, 6)]
+        saved[backend] = "".join(
+            tool.save(table) for tool in tools for table in ("mangle", "nat", "filter") if _has_program(tool)
+        )
+    for backend in ("nft", "legacy"):
+        if _HINTS.search(saved[backend]):
+            return backend
+    rules = {backend: sum(line.startswith("-A") for line in text.splitlines()) for backend, text in saved.items()}
+    if rules["legacy"] != rules["nft"]:
+        return "legacy" if rules["legacy"] > rules["nft"] else "nft"
+    return "nft" if "nf_tables" in _run(["iptables", "--version"]) else "legacy"
+
+
+def _has_program(tool: Tool) -> bool:
+    try:
+        _run([f"{tool._stem}-save", "--version"])
+    except IptablesError:
+        return False
+    return True
+
+
+def _legacy_tables(version: Version) -> list[str]:
+    """Return the legacy tables of this thread's network namespace; asking creates none."""
+    names = Path(f"/proc/thread-self/net/ip{'6' if version == 6 else ''}_tables_names")
+    try:
+        return names.read_text().split()
+    except OSError:
+        return []
+
+
+def _run(command: list[str], rules: str | None = None) -> str:
+    try:
+        done = subprocess.run(command, input=rules, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise IptablesError(f"the program {command[0]} is missing: install the package iptables") from None
+    if done.returncode:
+        said = done.stderr.strip()
+        found = _LINE.findall(said)
+        raise IptablesError(f"{' '.join(command)}: exit {done.returncode}: {said}", int(found[-1]) if found else None)
+    return done.stdout
