@@ -1,0 +1,73 @@
+"""ipsets through the `ipset` program: scripts in, saved sets out. The only place that runs it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+
+class IpsetError(Exception):
+    """`ipset` refused: what it said, with the line of the script that it points at."""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A set in the kernel: what it was created as (`hash:ip family inet …`), and its entries as it saves them."""
+
+    created: str
+    entries: frozenset[str]
+
+
+def saved(prefix: str) -> dict[str, Held]:
+    """Return the sets whose names begin with `prefix`, in this network namespace."""
+    created: dict[str, str] = {}
+    entries: dict[str, set[str]] = {}
+    for line in _run(["save"]).splitlines():
+        command, _, rest = line.partition(" ")
+        name, _, words = rest.partition(" ")
+        if not name.startswith(prefix):
+            continue
+        if command == "create":
+            created[name] = words
+            entries[name] = set()
+        elif command == "add":
+            entries[name].add(words)
+    return {name: Held(created[name], frozenset(entries[name])) for name in created}
+
+
+def restore(lines: Iterable[str]) -> None:
+    """Run commands in their order, stopping at the first that fails. Raise `IpsetError`."""
+    script = "".join(f"{line}\n" for line in lines)
+    if script:
+        _run(["restore"], script)
+
+
+def changes(name: str, have: Iterable[str], want: Iterable[str]) -> list[str]:
+    """Return the commands that turn one set's entries into others; an entry that is there already is no error."""
+    had, wanted = set(have), set(want)
+    return [
+        *(f"del {name} {_key(entry)} -exist" for entry in sorted(had - wanted)),
+        *(f"add {name} {entry} -exist" for entry in sorted(wanted - had)),
+    ]
+
+
+def declaration(name: str, kind: str, options: Mapping[str, str]) -> str:
+    """Return the command that makes a set unless one of the same kind is there."""
+    return " ".join(("create", name, kind, *(f"{key} {value}".strip() for key, value in options.items()), "-exist"))
+
+
+def _key(entry: str) -> str:
+    """Return what names an entry: its extensions (skbmark, comment) are no part of it."""
+    return entry.partition(" ")[0]
+
+
+def _run(arguments: list[str], script: str | None = None) -> str:
+    try:
+        done = subprocess.run(["ipset", *arguments], input=script, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise IpsetError("the ipset program is missing: install the package ipset") from None
+    if done.returncode:
+        said = done.stderr.strip() or f"exit {done.returncode}"
+        raise IpsetError(f"ipset {' '.join(arguments)}: {said}")
+    return done.stdout
