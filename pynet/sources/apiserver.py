@@ -17,7 +17,7 @@ import msgspec
 from pynet.daemon import logs
 from pynet.objects import BadObject, Object, Ref, ref_of
 from pynet.sources import Batch
-from pynet.sources.reflector import Broken, Change, Delete, List, Reflector, Relist, Replace, Upsert, Watch
+from pynet.sources.reflector import PAGE, Broken, Change, Delete, List, Reflector, Relist, Replace, Upsert, Watch
 from pynet.sources.transport import Refused, Silent, Transport, Unreachable
 
 log = logs.get(__name__)
@@ -72,6 +72,7 @@ class ApiServer:
         idle: float = IDLE,
         backoff: tuple[float, float] = BACKOFF,
         streaming: bool = True,
+        page: int = PAGE,
     ) -> None:
         """`node`: of the kind Node, only this one. `streaming`: ask for streaming lists before paged ones."""
         self.kinds = kinds
@@ -79,6 +80,7 @@ class ApiServer:
         self._idle = idle
         self._backoff = backoff
         self._streaming = streaming
+        self._page = page
         self._resources = {kind: resources[kind] for kind in sorted(kinds - _NEVER_SERVED)}
         if node is not None and "Node" in self._resources:
             self._resources["Node"] = Resource(resources["Node"].path, fields=f"metadata.name={node}")
@@ -110,7 +112,7 @@ class ApiServer:
 
     def _follow(self, kind: str, resource: Resource, stop: threading.Event) -> None:
         """List and watch one kind until `stop` is set, whatever the server does."""
-        reflector = Reflector(kind, streaming=self._streaming)
+        reflector = Reflector(kind, streaming=self._streaming, page=self._page)
         failures = 0
         told = ""
         while not stop.is_set():
@@ -144,15 +146,19 @@ class ApiServer:
                 changes = reflector.page(self._transport.get(resource.path, query))
                 problem = self._take(reflector.kind, changes, started)
                 return Outcome(problem, fruitful=not problem)
-            idle = INITIAL_IDLE if request.initial else self._idle
+            initial = request.initial
+            idle = INITIAL_IDLE if initial else self._idle
             with self._transport.watch(resource.path, query, idle) as stream:
                 for data in stream:
                     changes = reflector.feed(data)
                     fruitful = True
+                    if initial and not reflector.listing:
+                        initial = False
+                        stream.allow_silence(self._idle)
                     problem = self._take(reflector.kind, changes, time.monotonic())
                     if problem or stop.is_set():
                         return Outcome(problem, fruitful=fruitful and not problem)
-            if request.initial and not reflector.synced:
+            if initial:
                 return Outcome(self._take(reflector.kind, reflector.interrupted("it ended early"), started))
             return Outcome(fruitful=fruitful, barren=not fruitful and time.monotonic() - started < 1)
         except Refused as error:
@@ -161,13 +167,13 @@ class ApiServer:
             self._take(reflector.kind, reflector.refused(error.status), started)
             return Outcome(str(error), wait=error.retry_after)
         except Silent as error:
-            if isinstance(request, Watch) and not request.initial:
+            if isinstance(request, Watch) and not reflector.listing:
                 return Outcome(fruitful=True)  # a dead connection or a quiet server: ask again, from where we are
             self._take(reflector.kind, reflector.interrupted("no end of the initial events", silent=True), started)
             return Outcome(str(error))
         except Unreachable as error:
             self._take(reflector.kind, reflector.interrupted(str(error)), started)
-            return Outcome(str(error), fruitful=fruitful and reflector.synced)
+            return Outcome(str(error), fruitful=fruitful and not reflector.listing)
         except Exception as error:
             log.exception("watch failed; going on", extra=logs.fields(kind=reflector.kind))
             return Outcome(f"{type(error).__name__}: {error}")

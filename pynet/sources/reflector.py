@@ -106,11 +106,11 @@ class Reflector:
         self.objects: Mapping[Ref, Object] = {}
         self.synced = False
         self.version = ""
+        self.listing = True
         self._objects: dict[Ref, Object] = {}
         self._decoder = msgspec.json.Decoder(KINDS[kind])
         self._streaming = streaming
         self._limit = page
-        self._listing = True
         self._token = ""
         self._collected: dict[Ref, Object] = {}
         self._gone: dict[Ref, int] = {}
@@ -121,7 +121,7 @@ class Reflector:
     def request(self) -> List | Watch:
         """Return what to ask for next, and be ready for its answer."""
         self._tail.clear()
-        if not self._listing:
+        if not self.listing:
             return Watch(self.version)
         if self._streaming:
             self._collected = {}
@@ -174,13 +174,13 @@ class Reflector:
             return [Broken(f"unreadable event: {error}")]
         changes: list[Change] = []
         if event.type == "BOOKMARK":
-            if self._listing:
+            if self.listing:
                 if not (head.annotations and head.annotations.get(INITIAL_END) == "true"):
                     return [self.unsupported("the server sent no end of the initial events")]
                 self._settle(head.resource_version, changes)
         elif event.type not in ("ADDED", "MODIFIED", "DELETED"):
             return [Broken(f"event of unknown type {event.type!r}")]
-        elif self._listing:
+        elif self.listing:
             self._collect(event.object, changes, deleted=event.type == "DELETED")
             return changes
         else:
@@ -191,7 +191,7 @@ class Reflector:
 
     def refused(self, status: Status) -> list[Change]:
         """Take in an error in place of an answer."""
-        if self._listing:
+        if self.listing:
             if self._streaming and status.code in (400, 404, 405, 406, 422):
                 return [self.unsupported(status.message)]
             if not self._streaming and self._token and status.code in (400, 410):
@@ -202,8 +202,8 @@ class Reflector:
         return [self._error(status)]
 
     def interrupted(self, reason: str, *, silent: bool = False) -> list[Change]:
-        """Take in that the answer was cut off; a streaming list cut off again and again, or without end, is given up."""
-        if not (self._listing and self._streaming):
+        """Take in that the answer was cut off; a streaming list without end is given up."""
+        if not (self.listing and self._streaming):
             return []
         self._broken += 1
         if silent or self._broken >= _BROKEN_LIMIT:
@@ -226,7 +226,7 @@ class Reflector:
         return Broken(f"{status.code} {status.reason}: {status.message}")
 
     def _start_over(self, reason: str) -> Relist:
-        self._listing = True
+        self.listing = True
         self._token = ""
         self._collected = {}
         self._broken = 0
@@ -259,7 +259,7 @@ class Reflector:
         self._gone = {}
         self.version = version
         self.synced = True
-        self._listing = False
+        self.listing = False
 
     def _follow(self, event: _Event, head: _Meta) -> list[Change]:
         ref = Ref(self.kind, head.namespace, head.name)

@@ -96,6 +96,12 @@ class Stream:
         finally:
             self._response.close()
 
+    def allow_silence(self, seconds: float) -> None:
+        """Let `seconds` of silence pass from now on before the reading ends; from the reading thread only."""
+        socket_of = getattr(self._response.connection, "sock", None)
+        if socket_of is not None:
+            socket_of.settimeout(seconds)
+
     def close(self) -> None:
         """End the reading, wherever it is."""
         with contextlib.suppress(Exception):
