@@ -17,7 +17,7 @@ def sysctls(families: Iterable[int], loose: Iterable[str], links: Iterable[str])
     """Set what forwarding needs; return what cannot be set, in words.
 
     `loose`: links on which packets may come in that would leave by another one (one node sees the other on link, which
-    sees it behind a router). `links`: all of the node's.
+    sees it behind a router). `links`: those to the outside.
     """
     complaints: list[str] = []
     for family in sorted(set(families)):
@@ -26,7 +26,7 @@ def sysctls(families: Iterable[int], loose: Iterable[str], links: Iterable[str])
         elif sysctl.read("net/ipv6/conf/all/forwarding") == "0":
             # a router takes no router advertisements unless told to: the default route would run out
             for name in links:
-                if sysctl.read(f"net/ipv6/conf/{name}/accept_ra") == "1" and name != "lo":
+                if sysctl.read(f"net/ipv6/conf/{name}/accept_ra") == "1":
                     _set(f"net/ipv6/conf/{name}/accept_ra", "2", complaints)
             _set("net/ipv6/conf/all/forwarding", "1", complaints)
         bridged = f"net/bridge/bridge-nf-call-ip{'6' if family == 6 else ''}tables"

@@ -16,11 +16,14 @@ from pathlib import Path
 
 from cni.node import status
 from cni.node.agent import Agent, Options
+from cni.node.ledger import Ledger
 from cni.node.metrics import Metrics
+from cni.node.podcidrs import BadPool, Pool, pools
 from cni.node.routes import PROTOCOL, Settings
 from pynet.daemon import http, lifecycle, logs
 from pynet.kernel.netevents import Watch
 from pynet.kernel.routes import Rtnetlink
+from pynet.netstate import family_of
 from pynet.sources import Source
 from pynet.sources.flags import NoSource, add_source_flags, source_from
 
@@ -69,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     ways.add_argument("--vxlan-vni", type=_vni, default=112, metavar="N", help="VXLAN network identifier (%(default)s)")
     ways.add_argument("--vxlan-port", type=_port, default=4789, metavar="PORT", help="UDP port (%(default)s)")
     ways.add_argument("--cluster-cidr", type=_cidrs, default=(), metavar="CIDR,…", help="where all pods' addresses are")
+    ways.add_argument("--allocate-node-cidrs", action="store_true", help="assign pod CIDRs (only with --manifests)")
+    ways.add_argument("--node-cidr-mask-size", type=int, metavar="BITS", help="length of assigned pod CIDRs (24, 64)")
+    ways.add_argument("--node-cidr-mask-size-ipv4", type=int, metavar="BITS", help="the same, of IPv4's")
+    ways.add_argument("--node-cidr-mask-size-ipv6", type=int, metavar="BITS", help="the same, of IPv6's")
     ways.add_argument(
         "--resync-period", type=_duration, default=60.0, metavar="TIME", help="full look at least this often (60s)"
     )
@@ -94,6 +101,10 @@ def _serve(arguments: list[str]) -> int:
         source = source_from(args, {"Node"})
     except NoSource as error:
         parser.error(str(error))
+    try:
+        allocation = _allocation(args)
+    except BadPool as error:
+        parser.error(str(error))
     lock = _locked(args.state_dir)
     if lock is None:
         return 1
@@ -105,7 +116,7 @@ def _serve(arguments: list[str]) -> int:
         ),
         state_dir=args.state_dir, bridge=args.bridge, conf_dir=args.cni_conf_dir, resync=args.resync_period,
         non_masquerade=args.non_masquerade_cidrs, masquerade_link_local=args.masq_link_local,
-        masquerade=args.masquerade,
+        masquerade=args.masquerade, pools=allocation, ledger=Ledger(args.manifests) if allocation else None,
     )  # fmt: skip
     try:
         return _work(options, source, args.healthz_bind_address, args.metrics_bind_address)
@@ -114,6 +125,20 @@ def _serve(arguments: list[str]) -> int:
         return 1
     finally:
         os.close(lock)
+
+
+def _allocation(args: argparse.Namespace) -> tuple[Pool, ...]:
+    """Return the pools that pod CIDRs are assigned from; none where that is not asked for. Raise `BadPool`."""
+    if not args.allocate_node_cidrs:
+        return ()
+    if args.manifests is None:
+        raise BadPool("--allocate-node-cidrs is for --manifests; a cluster's controller manager does it else")
+    families = {family_of(cidr) for cidr in args.cluster_cidr}
+    if args.node_cidr_mask_size and len(families) > 1:
+        raise BadPool("--node-cidr-mask-size is for one family; with two: --node-cidr-mask-size-ipv4 and -ipv6")
+    either = args.node_cidr_mask_size
+    sizes = {4: args.node_cidr_mask_size_ipv4 or either, 6: args.node_cidr_mask_size_ipv6 or either}
+    return pools(args.cluster_cidr, {family: size for family, size in sizes.items() if size})
 
 
 def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> int:
@@ -133,6 +158,9 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
             threading.Thread(target=watch.run, args=(agent.on_event, kernel.port, stop), name="kernel", daemon=True),
             threading.Thread(target=source.run, args=(agent.on_batch, stop), name="source", daemon=True),
         ]
+        if options.ledger is not None:
+            following = (agent.on_record, stop)
+            threads.append(threading.Thread(target=options.ledger.watch, args=following, name="record", daemon=True))
         for thread in threads:
             thread.start()
         agent.run(stop)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from pynet.netstate import Route, family_of
 
 
 class Metrics:
@@ -40,6 +44,12 @@ class Metrics:
             self.changes.labels(verb)
         for how in ("direct", "vxlan", "none"):
             self.peers.labels(how)
+
+    def routes(self, wanted: Iterable[Route], present: Iterable[Route]) -> None:
+        """Say how many routes should be there, and how many are."""
+        for gauge, routes in ((self.wanted, list(wanted)), (self.present, list(present))):
+            for family in (4, 6):
+                gauge.labels(str(family)).set(sum(family_of(route.dst) == family for route in routes))
 
     def cni_request(self, verb: str, code: int, seconds: float) -> None:
         """Count a request of the executable; `code` 0 is success."""

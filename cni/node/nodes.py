@@ -126,6 +126,11 @@ class Claims:
                 return claim, name
         return None
 
+    def drop(self, claim: Claim) -> None:
+        """Forget a claim."""
+        del self._firsts[bisect_left(self._firsts, claim.first)]
+        del self._by_first[claim.first]
+
     def take(self, claim: Claim, name: str) -> None:
         """Note a claim, which overlaps with no other one."""
         insort(self._firsts, claim.first)
