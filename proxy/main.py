@@ -13,6 +13,7 @@ from proxy import flags
 from proxy.cluster import KINDS
 from proxy.config import ConfigError, Settings
 from proxy.engine import Engine
+from proxy.flows import Cleaner
 from proxy.health import Health, health_routes, metrics_routes
 from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, registry
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request=runner.request,
         events=events,
         health=health,
+        followers=(Cleaner(metrics),),
         first_written=first_written,
     )
     metrics.mode.labels(mode.name, settings.mode).set(1)
