@@ -16,7 +16,7 @@ from pynet.kernel.iptables import BACKENDS, IptablesError, Tool, Version
 from pynet.netstate import family_of
 
 log = logs.get(__name__)
-CHAIN = "PYNET-FORWARD"
+CHAIN = "PYNET-PODS"  # pyproxy has a PYNET-FORWARD of its own
 _JUMP = ["-m", "comment", "--comment", "pynetd: pods", "-j", CHAIN]
 _REFUSES_ALL = re.compile(r'^-A FORWARD (-m comment --comment ("[^"]*"|\S+) )?-j (DROP|REJECT)\b')
 VERSIONS: tuple[Version, ...] = (4, 6)
