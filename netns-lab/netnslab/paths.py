@@ -89,10 +89,12 @@ def expectation(
     backends: Sequence[Place],
     node_addresses: Mapping[str, str],
     *,
+    via: str,
     keeps_source: bool = True,
 ) -> Wanted:
-    """Return what should come of a path. `keeps_source`: false in a mode that proxies connections of its own."""
-    via = path.target.node or origin.node
+    """Return what should come of a path. `via`: the node that the traffic enters by; `keeps_source`: false in a mode that
+    opens connections of its own.
+    """
     sources: dict[str, str | None] = {}
     through_proxy = bool(path.target.service) and not keeps_source
     for backend in backends:

@@ -82,11 +82,14 @@ class Stage:
         """Return the places that names mean: a Deployment stands for its pods."""
         found = []
         for name in names:
-            owned = [pod for pod in self.pods.values() if pod.owner in (name, key_of(NAMESPACE, name))]
+            owned = self._owned(key_of(NAMESPACE, name)) or self._owned(name)
             if name != "client" and not self.pod(name) and not owned:
                 raise BadScenario(f"no pod or Deployment {name!r}")
             found += [self.place(pod.key, family) for pod in owned] if owned else [self.place(name, family)]
         return found
+
+    def _owned(self, deployment: str) -> list[PodRecord]:
+        return [pod for pod in self.pods.values() if pod.owner == deployment]
 
     def find(self, target: Target, family: str) -> tuple[str, str, int]:
         """Return protocol, address and port of a target."""
@@ -249,11 +252,13 @@ def _attempt(stage: Stage, scenario: Scenario, path: Path, family: str, took: fl
     title = path.path if len(stage.lab.families) == 1 else f"{path.path}, {family}"
     try:
         protocol, address, port = stage.find(path.target, family)
+        origin = stage.place(path.origin, family)
         wanted: Wanted = expectation(
             path,
-            stage.place(path.origin, family),
+            origin,
             stage.backends(path.expect.backends, family),
             {name: node.addresses[family] for name, node in stage.nodes.items()},
+            via=stage.lab.node(path.target.node).name if path.target.node else origin.node,
             keeps_source=stage.lab.spec.mode != "userspace",
         )
     except BadScenario as error:
@@ -263,7 +268,9 @@ def _attempt(stage: Stage, scenario: Scenario, path: Path, family: str, took: fl
     )
     found: Seen = seen(answers)
     wrong = judge(wanted, found)
-    return Row(scenario.name, title, describe_wanted(wanted), describe_seen(found), not wrong, wrong, took)
+    words = (text.replace(f"{NAMESPACE}.", "") for text in (describe_wanted(wanted), describe_seen(found), wrong))
+    expected, came, why = words
+    return Row(scenario.name, title, expected, came, not wrong, why, took)
 
 
 def as_json(row: Row) -> dict[str, Any]:
