@@ -1,0 +1,196 @@
+"""`pynet-ipam`: the verbs of an IPAM plugin, called in process by `pynet-cni` or as an executable by other plugins."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from cni import naming, netconf, spec
+from cni.context import Context
+from cni.database import Damaged
+from cni.ipam import allocator, ranges
+from cni.ipam.store import Held, Owner, Store
+from pynet.kernel import netlink, netns, rtnl
+
+MAIN_TYPE = "pynet-cni"
+T = TypeVar("T")
+
+
+def add(request: spec.Request, context: Context) -> spec.Result:
+    """Reserve one address of every range set; return the result without interfaces. Raise `CniError`."""
+    conf = parse(request)
+    dns = resolver(conf.resolv_conf)
+    store = context.store(conf.data_dir, conf.network)
+    owner = _owner(request, context)
+    allotments = repaired(
+        request, store, lambda: store.reserve(conf, owner, conf.requested, context.now(), gone_of(context))
+    )
+    ips = tuple(
+        spec.Ip(f"{one.address}/{one.range.prefix}", ranges.shown(one.range.gateway, one.range.family))
+        for one in allotments
+    )
+    return spec.Result(ips=ips, routes=conf.routes, dns=dns)
+
+
+def delete(request: spec.Request, context: Context) -> list[Held]:
+    """Release what the attachment holds; return it."""
+    store = _store(request, context)
+    return repaired(request, store, lambda: store.release(request.container, request.ifname, context.now()))
+
+
+def check(request: spec.Request, context: Context) -> None:
+    """Raise `CniError` unless the attachment holds exactly the addresses that prevResult, if given, lists."""
+    conf = parse(request)
+    store = context.store(conf.data_dir, conf.network)
+    held = {one.address for one in store.held(request.container, request.ifname)}
+    if not held:
+        raise spec.CniError(
+            spec.FAILED, f"IPAM: no address is reserved for {request.container}/{request.ifname} in {conf.network}"
+        )
+    if request.config.get("prevResult") is not None:
+        previous = spec.parse_result(request.config["prevResult"], request.version)
+        ours = {ip.address.partition("/")[0] for ip in previous.ips if _in_sets(ip.address, conf.sets)}
+        for missing in sorted(ours - held):
+            raise spec.CniError(
+                spec.FAILED, f"IPAM: address {missing} is not reserved for {request.container}/{request.ifname}"
+            )
+
+
+def status(request: spec.Request, context: Context) -> None:
+    """Raise `CniError` 50 when a range set has no address left, after reclaiming what dead pods hold."""
+    conf = parse(request)
+    store = context.store(conf.data_dir, conf.network)
+    free = [store.free(one) for one in conf.sets]
+    if min(free) == 0:
+        repaired(request, store, lambda: store.release_where(gone_of(context), context.now()))
+        free = [store.free(one) for one in conf.sets]
+    if min(free) == 0:
+        spans = [
+            f"{shown(one)}: {count} of {allocator.capacity(one)} addresses free"
+            for one, count in zip(conf.sets, free, strict=True)
+        ]
+        raise spec.CniError(spec.CANNOT_ADD, f"no IP addresses available in network {conf.network}", "; ".join(spans))
+
+
+def collect(request: spec.Request, context: Context, valid: set[tuple[str, str]] | None) -> list[Held]:
+    """Release what is held by attachments that are not `valid` (None: none are known), or whose pod is gone."""
+    store = _store(request, context)
+    gone = gone_of(context)
+
+    def over(owner: Owner) -> bool:
+        if valid is not None:
+            return (owner.container, owner.ifname) not in valid
+        return gone(owner)
+
+    return repaired(request, store, lambda: store.release_where(over, context.now()))
+
+
+def parse(request: spec.Request) -> ranges.IpamConf:
+    """Return the request's IPAM configuration. Raise `CniError`."""
+    spec.known_arguments(request.args, netconf.KNOWN_ARGS)
+    return ranges.parse(request.config, request.args, request.version, netconf.state_dir(request.config))
+
+
+def shown(range_set: ranges.RangeSet) -> str:
+    """Return a range set as text."""
+    return ", ".join(f"{ranges.shown(e.first, e.family)}-{ranges.shown(e.last, e.family)}" for e in range_set)
+
+
+def repaired(request: spec.Request, store: Store, work: Callable[[], T]) -> T:
+    """Do `work`; a damaged database is rebuilt from the links of running pods and tried once more. Raise `CniError`.
+
+    Only under our own main plugin: its links tell every address in use. Another plugin's links do not.
+    """
+    try:
+        return work()
+    except Damaged as damage:
+        if request.config.get("type") != MAIN_TYPE:
+            raise spec.CniError(
+                spec.IO_FAILURE, f"IPAM: {damage}",
+                "it cannot be rebuilt under this main plugin: remove the file when no pod of this network runs",
+            ) from None  # fmt: skip
+        store.rebuild(_survivors(request.network))
+        return work()
+
+
+def _survivors(network: str) -> list[tuple[Owner, list[tuple[int, int]]]]:
+    """Return the owners of addresses that the links of running pods tell."""
+    found: list[tuple[Owner, list[tuple[int, int]]]] = []
+    with netlink.Socket() as host:
+        for link in rtnl.links(host, kind="veth"):
+            mark = naming.mark(link.alias)
+            if mark is not None and mark.network == network:
+                addresses = [ipaddress.ip_address(text) for text in mark.addresses]
+                found.append((Owner(mark.container, mark.ifname), [(int(a.version), int(a)) for a in addresses]))
+    return found
+
+
+def gone_of(context: Context) -> Callable[[Owner], bool]:
+    """Return what says whether an owner is no more.
+
+    That is one of another boot, or one whose namespace is not at its path any more and whose host link, which lives as
+    long as the namespace, does not exist either.
+    """
+
+    def gone(owner: Owner) -> bool:
+        if owner.boot and owner.boot != context.boot:
+            return True
+        if not owner.netns or netns.path_identity(owner.netns) == (owner.device, owner.inode):
+            return False
+        with netlink.Socket() as host:
+            return rtnl.link_named(host, naming.host_link(owner.container, owner.ifname)) is None
+
+    return gone
+
+
+def resolver(path: str) -> spec.Dns:
+    """Return what a resolv.conf says. Raise `CniError`."""
+    if not path:
+        return spec.Dns()
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise spec.CniError(spec.IO_FAILURE, f"field ipam.resolvConf: {path}: {error.strerror}") from None
+    return resolver_of(lines)
+
+
+def resolver_of(lines: Iterable[str]) -> spec.Dns:
+    """Return what the lines of a resolv.conf say; of domain and search, the last line counts."""
+    nameservers: list[str] = []
+    options: list[str] = []
+    search: list[str] = []
+    domain = ""
+    for line in lines:
+        words = line.split()
+        if len(words) < 2 or line[0] in "#;":
+            continue
+        if words[0] == "nameserver":
+            nameservers.append(words[1])
+        elif words[0] == "domain":
+            domain = words[1]
+        elif words[0] == "search":
+            search += words[1:]
+        elif words[0] == "options":
+            options += words[1:]
+    return spec.Dns(tuple(nameservers), domain, tuple(search), tuple(options))
+
+
+def _store(request: spec.Request, context: Context) -> Store:
+    """Return the store, found even when the ranges of the configuration are broken by now."""
+    ipam = request.config.get("ipam")
+    data_dir = ipam.get("dataDir") if isinstance(ipam, Mapping) else None
+    if not isinstance(data_dir, str) or not data_dir:
+        data_dir = f"{netconf.state_dir(request.config)}/ipam"
+    return context.store(data_dir, request.network)
+
+
+def _owner(request: spec.Request, context: Context) -> Owner:
+    device, inode = netns.path_identity(request.netns) or (0, 0)
+    return Owner(request.container, request.ifname, context.boot, request.netns, device, inode, context.now())
+
+
+def _in_sets(address: str, sets: tuple[ranges.RangeSet, ...]) -> bool:
+    number = ipaddress.ip_interface(address).ip
+    return any(e.family == number.version and e.first <= int(number) <= e.last for one in sets for e in one)

@@ -1,0 +1,165 @@
+"""The agent's side of the executable's socket: one thread a call, root only, and only callers of our own namespace."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cni import verbs
+from cni.context import Context
+from pynet.kernel import netns
+
+SOCKET = "pynetd.sock"
+NOT_MINE = b"-"
+OnRequest = Callable[[str, int, float], None]
+"""Told after each call: its verb, the exit code (0 is success), and the seconds it took."""
+
+_LIMIT = 16 << 20
+_IDLE_SECONDS = 60
+
+
+class Server:
+    """Listens on `<state_dir>/pynetd.sock` from `start` to `close`."""
+
+    def __init__(self, state_dir: Path | str, on_request: OnRequest | None = None) -> None:
+        self.path = f"{state_dir}/{SOCKET}"
+        self._on_request = on_request
+        self._context = Context()
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._calls: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._own = (0, 0)
+
+    def start(self) -> None:
+        """Begin to serve. Raise `OSError` when another agent listens there."""
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        fd = netns.own()
+        self._own = netns.identity(fd)
+        os.close(fd)
+        _refuse_second(self.path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        draft = f"{self.path}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
+        listener.bind(draft)
+        os.chmod(draft, 0o600)
+        listener.listen(1024)
+        os.replace(draft, self.path)
+        self._listener = listener
+        self._acceptor = threading.Thread(target=self._accept, name="cni-socket", daemon=True)
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Stop to accept, finish the calls under way, remove the socket."""
+        if self._listener is None:
+            return
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        if self._acceptor is not None:
+            self._acceptor.join(timeout=5)
+        deadline = time.monotonic() + _IDLE_SECONDS
+        while (waiting := self._waiting()) and time.monotonic() < deadline:
+            waiting[0].join(timeout=1)
+        self._listener = None
+        self._context.close()
+
+    def _waiting(self) -> list[threading.Thread]:
+        with self._lock:
+            return [thread for thread in self._calls if thread.is_alive()]
+
+    def _accept(self) -> None:
+        listener = self._listener
+        assert listener is not None
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(connection,), name="cni-call", daemon=True)
+            with self._lock:
+                self._calls.add(thread)
+            thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        begun = time.monotonic()
+        fds: list[int] = []
+        verb, code = "", 1
+        try:
+            with connection:
+                connection.settimeout(_IDLE_SECONDS)
+                ours = self._is_ours(connection)
+                message = _receive(connection, fds)
+                if not ours:
+                    connection.sendall(NOT_MINE)
+                    return
+                program, environment, stdin = _request(message)
+                verb = environment.get("CNI_COMMAND", "")
+                answer = verbs.serve(
+                    environment, stdin, self._context,
+                    only_ipam=program == "ipam", pod_netns=fds[0] if fds else -1,
+                )  # fmt: skip
+                code = answer.code
+                connection.sendall(b"%d" % answer.code + answer.output.encode())
+        except (OSError, ValueError) as error:
+            print(f"pynetd: a call of pynet-cni broke off: {error}", file=sys.stderr)
+        finally:
+            for fd in fds:
+                os.close(fd)
+            with self._lock:
+                self._calls.discard(threading.current_thread())
+            if self._on_request is not None and verb:
+                self._on_request(verb, code, time.monotonic() - begun)
+
+    def _is_ours(self, connection: socket.socket) -> bool:
+        """Say whether the caller is root and in our network namespace; another's pods would be wired to our bridge."""
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", raw)
+        return uid == 0 and pid > 0 and netns.path_identity(f"/proc/{pid}/ns/net") == self._own
+
+
+def _refuse_second(path: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise OSError(98, f"{path}: another agent serves this socket")
+
+
+def _receive(connection: socket.socket, fds: list[int]) -> bytes:
+    """Return the whole message; descriptors that came with it are added to `fds`."""
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        data, ancillary, _, _ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds += struct.unpack(f"{len(payload) // 4}i", payload[: len(payload) // 4 * 4])
+        if not data:
+            return b"".join(chunks)
+        chunks.append(data)
+        size += len(data)
+        if size > _LIMIT:
+            raise ValueError(f"a request of more than {_LIMIT} bytes")
+
+
+def _request(message: bytes) -> tuple[str, dict[str, str], bytes]:
+    """Return program, environment and stdin: fields with zero bytes between, an empty one before stdin."""
+    head, _, stdin = message.partition(b"\0\0")
+    program, *fields = head.split(b"\0")
+    environment = {}
+    for field in fields:
+        key, _, value = field.partition(b"=")
+        environment[os.fsdecode(key)] = os.fsdecode(value)
+    return os.fsdecode(program), environment, stdin

@@ -1,0 +1,390 @@
+"""The CNI protocol: versions, the request in the environment and on stdin, results in each version's shape, errors.
+
+Pure: environment and stdin are arguments, answers are return values. Sources: the CNI specification 1.1.0, and the
+reference implementation's libcni where the specification is silent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+NEWEST = VERSIONS[-1]
+UNSAID = "0.1.0"
+"""What a configuration without cniVersion means to libcni."""
+
+INCOMPATIBLE, UNSUPPORTED_FIELD, UNKNOWN_CONTAINER, BAD_ENVIRONMENT, IO_FAILURE = 1, 2, 3, 4, 5
+DECODING, BAD_CONFIG, BAD_NETNS, TRY_LATER = 6, 7, 8, 11
+CANNOT_ADD, DEGRADED = 50, 51
+FAILED = 100
+"""Our own: a step of the work failed; the message says which."""
+
+REQUIRED = {
+    "ADD": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"),
+    "DEL": ("CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"),
+    "CHECK": ("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"),
+    "GC": ("CNI_PATH",),
+    "STATUS": ("CNI_PATH",),
+    "VERSION": (),
+}
+"""Environment variables without which a verb cannot be served (CNI_PATH as the reference's skel asks)."""
+
+SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
+"""The specification version that brought a verb."""
+
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
+
+
+class CniError(Exception):
+    """An answer that is an error: one of the specification's codes (or 100 and above, ours), a message, details."""
+
+    def __init__(self, code: int, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details
+
+    def render(self, version: str) -> str:
+        """Return the error object."""
+        answer: dict[str, Any] = {"cniVersion": version, "code": self.code, "msg": self.message}
+        if self.details:
+            answer["details"] = self.details
+        return json.dumps(answer, indent=4) + "\n"
+
+
+class Request(NamedTuple):
+    """One call: the environment's part, and the configuration decoded."""
+
+    command: str
+    container: str = ""
+    netns: str = ""
+    ifname: str = ""
+    args: Mapping[str, str] = {}
+    path: str = ""
+    config: Mapping[str, Any] = {}
+    stdin: bytes = b""
+    version: str = NEWEST
+
+    @property
+    def network(self) -> str:
+        """The network's name."""
+        return str(self.config.get("name", ""))
+
+
+class Interface(NamedTuple):
+    """One of a result's interfaces; without a sandbox it is on the host."""
+
+    name: str
+    mac: str = ""
+    sandbox: str = ""
+    mtu: int = 0
+    socket_path: str = ""
+    pci_id: str = ""
+
+
+class Ip(NamedTuple):
+    """One of a result's addresses, `address` with its prefix length; `interface` is an index into the interfaces."""
+
+    address: str
+    gateway: str = ""
+    interface: int | None = None
+
+
+class Route(NamedTuple):
+    """One of a result's routes; None and 0 are unset."""
+
+    dst: str
+    gw: str = ""
+    mtu: int = 0
+    advmss: int = 0
+    priority: int = 0
+    table: int | None = None
+    scope: int | None = None
+
+
+class Dns(NamedTuple):
+    """A result's resolver settings."""
+
+    nameservers: tuple[str, ...] = ()
+    domain: str = ""
+    search: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def render(self) -> dict[str, Any]:
+        """Return the object with what is set."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items() if value
+        }
+
+
+class Result(NamedTuple):
+    """What ADD answers, in no version's shape."""
+
+    interfaces: tuple[Interface, ...] = ()
+    ips: tuple[Ip, ...] = ()
+    routes: tuple[Route, ...] = ()
+    dns: Dns = Dns()
+
+
+def at_least(version: str, other: str) -> bool:
+    """Say whether `version` is `other` or newer; both are known versions."""
+    return VERSIONS.index(version) >= VERSIONS.index(other)
+
+
+# --- the request
+
+
+def command_of(environment: Mapping[str, str]) -> str:
+    """Return the verb. Raise `CniError` for an unknown one, with all other missing variables in the same message."""
+    command = environment.get("CNI_COMMAND", "")
+    missing = [key for key in REQUIRED.get(command, ()) if not environment.get(key)]
+    if not command:
+        missing.insert(0, "CNI_COMMAND")
+    if missing:
+        raise CniError(BAD_ENVIRONMENT, f"required env variables [{','.join(missing)}] missing")
+    if command not in REQUIRED:
+        raise CniError(BAD_ENVIRONMENT, f"unknown CNI_COMMAND: {command}", f"known: {', '.join(REQUIRED)}")
+    return command
+
+
+def request(environment: Mapping[str, str], stdin: bytes) -> Request:
+    """Return the request, all of it checked. Raise `CniError`."""
+    command = command_of(environment)
+    if command == "VERSION":
+        return Request(command, stdin=stdin)
+    config = decode(stdin)
+    version = version_of(config)
+    name = config.get("name", "")
+    if not isinstance(name, str) or not _CONTAINER.match(name):
+        if not name:
+            raise CniError(BAD_CONFIG, "missing network name: the configuration's field name is empty")
+        raise CniError(BAD_CONFIG, f"invalid characters found in network name: field name is {name!r}")
+    if command in SINCE and not at_least(version, SINCE[command]):
+        raise CniError(
+            INCOMPATIBLE, f"config version {version} does not allow {command}: it came with {SINCE[command]}"
+        )
+    container, ifname = environment.get("CNI_CONTAINERID", ""), environment.get("CNI_IFNAME", "")
+    if command in ("ADD", "DEL", "CHECK"):
+        if not _CONTAINER.match(container):
+            raise CniError(BAD_ENVIRONMENT, "invalid characters in containerID", f"CNI_CONTAINERID={container}")
+        _check_ifname(ifname)
+    return Request(
+        command=command,
+        container=container,
+        netns=environment.get("CNI_NETNS", ""),
+        ifname=ifname,
+        args=arguments(environment.get("CNI_ARGS", "")),
+        path=environment.get("CNI_PATH", ""),
+        config=config,
+        stdin=stdin,
+        version=version,
+    )
+
+
+def decode(stdin: bytes) -> dict[str, Any]:
+    """Return the configuration on stdin. Raise `CniError` 6 when it is not a JSON object."""
+    try:
+        config = json.loads(stdin)
+    except (ValueError, RecursionError) as error:
+        raise CniError(DECODING, f"the configuration on stdin is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CniError(DECODING, "the configuration on stdin is not a JSON object")
+    return config
+
+
+def version_of(config: Mapping[str, Any]) -> str:
+    """Return the configuration's version. Raise `CniError` 6 for what is no version, 1 for one we do not speak."""
+    version = config.get("cniVersion") or UNSAID
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,4}\.\d{1,4}\.\d{1,4}", version):
+        raise CniError(DECODING, f"field cniVersion is not a version: {version!r}")
+    if version not in VERSIONS:
+        raise CniError(
+            INCOMPATIBLE, "incompatible CNI versions", f"config is {version}, plugin supports {list(VERSIONS)}"
+        )
+    return version
+
+
+def arguments(value: str) -> dict[str, str]:
+    """Return CNI_ARGS as a mapping. Raise `CniError` 4 for a pair without exactly one `=`."""
+    found = {}
+    for pair in value.split(";") if value else ():
+        key, equals, argument = pair.partition("=")
+        if not equals or "=" in argument:
+            raise CniError(BAD_ENVIRONMENT, f"CNI_ARGS: invalid pair {pair!r}: expected KEY=VALUE;KEY=VALUE")
+        found[key] = argument
+    return found
+
+
+def known_arguments(args: Mapping[str, str], known: tuple[str, ...]) -> None:
+    """Refuse unknown CNI_ARGS unless IgnoreUnknown is set. Raise `CniError` 4."""
+    if args.get("IgnoreUnknown", "").lower() in ("1", "true"):
+        return
+    unknown = [key for key in args if key not in (*known, "IgnoreUnknown")]
+    if unknown:
+        raise CniError(BAD_ENVIRONMENT, f"CNI_ARGS: unknown args {unknown}", "set IgnoreUnknown=1 to pass them over")
+
+
+def _check_ifname(name: str) -> None:
+    said = ""
+    if len(name.encode(errors="surrogateescape")) > 15:
+        said = "interface name is too long: at most 15 characters"
+    elif name in (".", ".."):
+        said = "interface name is . or .."
+    elif any(char in "/:" or char.isspace() for char in name):
+        said = "interface name contains / or : or whitespace characters"
+    if said:
+        raise CniError(BAD_ENVIRONMENT, said, f"CNI_IFNAME={name}")
+
+
+# --- results
+
+
+def version_answer(asked: str = NEWEST) -> str:
+    """Return the answer to VERSION."""
+    return json.dumps({"cniVersion": asked, "supportedVersions": list(VERSIONS)}) + "\n"
+
+
+def render(result: Result, version: str) -> str:
+    """Return the result in one version's shape. Raise `CniError` when that shape cannot hold it."""
+    answer = _old(result, version) if not at_least(version, "0.3.0") else _new(result, version)
+    return json.dumps(answer, indent=4) + "\n"
+
+
+def _new(result: Result, version: str) -> dict[str, Any]:
+    one, newest = at_least(version, "1.0.0"), at_least(version, "1.1.0")
+    answer: dict[str, Any] = {"cniVersion": version}
+    if result.interfaces:
+        answer["interfaces"] = [_interface(interface, newest) for interface in result.interfaces]
+    if result.ips:
+        answer["ips"] = [_ip(ip, with_family=not one) for ip in result.ips]
+    if result.routes:
+        answer["routes"] = [_route(route, newest) for route in result.routes]
+    dns = result.dns.render()
+    if dns or not one:
+        answer["dns"] = dns
+    return answer
+
+
+def _interface(interface: Interface, newest: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {"name": interface.name}
+    if interface.mac:
+        answer["mac"] = interface.mac
+    if newest and interface.mtu:
+        answer["mtu"] = interface.mtu
+    if interface.sandbox:
+        answer["sandbox"] = interface.sandbox
+    if newest and interface.socket_path:
+        answer["socketPath"] = interface.socket_path
+    if newest and interface.pci_id:
+        answer["pciID"] = interface.pci_id
+    return answer
+
+
+def _ip(ip: Ip, *, with_family: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {"version": "6" if ":" in ip.address else "4"} if with_family else {}
+    if ip.interface is not None:
+        answer["interface"] = ip.interface
+    answer["address"] = ip.address
+    if ip.gateway:
+        answer["gateway"] = ip.gateway
+    return answer
+
+
+def _route(route: Route, newest: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {"dst": route.dst}
+    if route.gw:
+        answer["gw"] = route.gw
+    if newest:
+        answer |= {key: getattr(route, key) for key in ("mtu", "advmss", "priority") if getattr(route, key)}
+        answer |= {key: getattr(route, key) for key in ("table", "scope") if getattr(route, key) is not None}
+    return answer
+
+
+def _old(result: Result, version: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"cniVersion": version}
+    for key, colon in (("ip4", False), ("ip6", True)):
+        ip = next((ip for ip in result.ips if (":" in ip.address) == colon), None)
+        if ip is None:
+            continue
+        answer[key] = {"ip": ip.address} | ({"gateway": ip.gateway} if ip.gateway else {})
+        routes = [_route(route, False) for route in result.routes if (":" in route.dst) == colon]
+        if routes:
+            answer[key]["routes"] = routes
+    if "ip4" not in answer and "ip6" not in answer:
+        raise CniError(INCOMPATIBLE, f"cannot convert: a result of version {version} needs at least one IP address")
+    answer["dns"] = result.dns.render()
+    return answer
+
+
+def parse_result(raw: object, version: str, where: str = "prevResult") -> Result:
+    """Return a result read in `version`'s shape. Raise `CniError` 6, naming the field after `where`."""
+    if not isinstance(raw, dict):
+        raise CniError(DECODING, f"field {where} is not an object")
+    try:
+        if "ip4" in raw or "ip6" in raw:
+            return _parse_old(raw)
+        return Result(
+            interfaces=tuple(
+                Interface(
+                    entry.get("name", ""), entry.get("mac") or "", entry.get("sandbox") or "", entry.get("mtu") or 0,
+                    entry.get("socketPath") or "", entry.get("pciID") or "",
+                )
+                for entry in raw.get("interfaces") or ()
+            ),
+            ips=tuple(
+                Ip(entry["address"], entry.get("gateway") or "", entry.get("interface"))
+                for entry in raw.get("ips") or ()
+            ),
+            routes=tuple(parse_route(entry, where) for entry in raw.get("routes") or ()),
+            dns=parse_dns(raw.get("dns"), f"{where}.dns"),
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CniError(DECODING, f"field {where} is not a result of version {version}: {error!r}") from None
+
+
+def _parse_old(raw: Mapping[str, Any]) -> Result:
+    ips, routes = [], []
+    for key in ("ip4", "ip6"):
+        part = raw.get(key)
+        if part:
+            ips.append(Ip(part["ip"], part.get("gateway") or ""))
+            routes += [parse_route(entry, key) for entry in part.get("routes") or ()]
+    return Result(ips=tuple(ips), routes=tuple(routes), dns=parse_dns(raw.get("dns"), "dns"))
+
+
+def parse_route(entry: object, where: str) -> Route:
+    """Return one route of a configuration or result. Raise `CniError` 7 naming the field."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dst"), str):
+        raise CniError(BAD_CONFIG, f"field {where}: a route is an object with dst as text, not {entry!r}")
+    for key in ("mtu", "advmss", "priority", "table", "scope"):
+        value = entry.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32):
+            raise CniError(BAD_CONFIG, f"field {where}: route {entry['dst']}: {key} is {value!r}, expected a number")
+    gateway = entry.get("gw") or ""
+    if not isinstance(gateway, str):
+        raise CniError(BAD_CONFIG, f"field {where}: route {entry['dst']}: gw is {gateway!r}, expected an address")
+    return Route(
+        dst=entry["dst"], gw=gateway, mtu=entry.get("mtu") or 0, advmss=entry.get("advmss") or 0,
+        priority=entry.get("priority") or 0, table=entry.get("table"), scope=entry.get("scope"),
+    )  # fmt: skip
+
+
+def parse_dns(raw: object, where: str) -> Dns:
+    """Return resolver settings. Raise `CniError` 7 naming the field."""
+    if raw is None:
+        return Dns()
+    if not isinstance(raw, dict):
+        raise CniError(BAD_CONFIG, f"field {where} is not an object")
+    lists = {}
+    for key in ("nameservers", "search", "options"):
+        value = raw.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise CniError(BAD_CONFIG, f"field {where}.{key} is not a list of text")
+        lists[key] = tuple(value)
+    domain = raw.get("domain") or ""
+    if not isinstance(domain, str):
+        raise CniError(BAD_CONFIG, f"field {where}.domain is not text")
+    return Dns(lists["nameservers"], domain, lists["search"], lists["options"])

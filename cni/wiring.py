@@ -1,0 +1,273 @@
+"""Bridge, veth, addresses and routes of one pod, applied with a few netlink messages. It decides nothing about them."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import ipaddress
+import os
+import time
+from typing import NamedTuple
+
+from cni import spec
+from cni.netconf import NetConf
+from pynet.kernel import netlink, netns, rtnl, sysctl
+from pynet.kernel.rtnl import Link
+
+EXFULL = 54
+BRIDGE_PORTS = 1023
+"""The most ports a Linux bridge has (BR_MAX_PORTS, 10 bits of port number)."""
+
+_SETTLE_SECONDS = 5.0
+"""How long an address may stay tentative, or a port not forwarding, before ADD fails or gives up waiting."""
+
+IpInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
+
+
+class PodLink(NamedTuple):
+    """The two ends of a pod's link: the host's, and the pod's."""
+
+    host: Link
+    pod: Link
+
+
+# --- bridge
+
+
+def ensure_bridge(host: netlink.Socket, conf: NetConf) -> tuple[Link, bool]:
+    """Return the network's bridge, up, and whether this call made it. Raise `CniError`."""
+    made = False
+    bridge = rtnl.link_named(host, conf.bridge)
+    if bridge is None:
+        mac = bytes(((os.urandom(1)[0] & 0xFE) | 0x02,)) + os.urandom(5)
+        try:
+            rtnl.add_bridge(host, conf.bridge, rtnl.mac_text(mac), conf.mtu)
+            made = True
+        except netlink.NetlinkError as error:
+            if error.errno != errno.EEXIST:
+                raise
+        bridge = rtnl.link_named(host, conf.bridge)
+    if bridge is None or bridge.kind != "bridge":
+        raise spec.CniError(spec.BAD_CONFIG, f"field bridge: {conf.bridge} already exists but is not a bridge")
+    if made and sysctl.read("net/ipv6/conf/all/forwarding") is not None:
+        sysctl.write(f"net/ipv6/conf/{conf.bridge}/accept_ra", 0)
+    changes: dict[str, int | str | bool] = {}
+    if not bridge.up:
+        changes["up"] = True
+    if conf.promisc and not bridge.flags & rtnl.IFF_PROMISC:
+        changes["promisc"] = True
+    if changes:
+        request(host, rtnl.set_link(bridge.ifindex, **changes), f"bridge {conf.bridge}")
+    return bridge, made
+
+
+def ensure_gateway_addresses(
+    host: netlink.Socket, link: Link, wanted: list[IpInterface], *, force: bool, pin: bool
+) -> list[IpInterface]:
+    """Give a bridge the gateways' addresses; return those that were not there before. Raise `CniError`.
+
+    Setting its own hardware address (`pin`) keeps a bridge from taking the lowest of its ports'.
+    """
+    present = {_interface(a.packed, a.prefix): a for a in rtnl.addresses(host, link.ifindex)}
+    missing = [address for address in wanted if address not in present]
+    for address in missing:
+        for other in list(present):
+            if other in wanted or not _excludes(other, address):
+                continue
+            if not force:
+                raise spec.CniError(
+                    spec.FAILED, f"{link.name} already has an IP address different from {address}: {other}",
+                    "set forceAddress to replace it",
+                )  # fmt: skip
+            request(
+                host, rtnl.address_request(link.ifindex, other.packed, other.network.prefixlen, add=False),
+                f"address {other} of {link.name}", absent=(errno.EADDRNOTAVAIL,),
+            )  # fmt: skip
+            del present[other]
+    for address in missing:
+        flags = rtnl.F_NODAD if address.version == 6 else 0
+        if address.version == 6:
+            sysctl.write(f"net/ipv6/conf/{link.name}/disable_ipv6", 0)
+        request(
+            host, rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen, flags=flags),
+            f"address {address} of {link.name}", absent=(errno.EEXIST,),
+        )  # fmt: skip
+    if missing and pin:
+        request(host, rtnl.set_link(link.ifindex, mac=link.mac), f"hardware address of {link.name}")
+    return missing
+
+
+def remove_addresses(host: netlink.Socket, ifindex: int, addresses: list[IpInterface]) -> None:
+    """Take addresses off a link; those that are gone already do not matter."""
+    for address in addresses:
+        request(
+            host, rtnl.address_request(ifindex, address.packed, address.network.prefixlen, add=False),
+            f"address {address}", absent=(errno.EADDRNOTAVAIL, errno.ENODEV),
+        )  # fmt: skip
+
+
+def enable_forwarding(families: set[int]) -> None:
+    """Make the host forward packets of these families (4, 6)."""
+    if 4 in families:
+        sysctl.write("net/ipv4/ip_forward", 1)
+    if 6 in families:
+        sysctl.write("net/ipv6/conf/all/forwarding", 1)
+
+
+def _excludes(other: IpInterface, address: IpInterface) -> bool:
+    """Say whether a bridge that has one address may not have the other: two of IPv4, or overlapping ones of IPv6."""
+    if other.version != address.version:
+        return False
+    return address.version == 4 or other.ip in address.network or address.ip in other.network
+
+
+def _interface(packed: bytes, prefix: int) -> IpInterface:
+    return ipaddress.ip_interface((packed, prefix))
+
+
+# --- the pod's link
+
+
+def connect(
+    host: netlink.Socket, pod_netns: int, conf: NetConf, bridge: Link, host_name: str, ifname: str, alias: str
+) -> Link:
+    """Make the pod's veth, the host's end up under the bridge; return the host's end. Raise `CniError`."""
+    for last in (False, True):
+        try:
+            rtnl.add_veth(
+                host, host_name, ifname, pod_netns,
+                master=bridge.ifindex, mtu=conf.mtu, mac=conf.mac, alias=alias,
+            )  # fmt: skip
+            break
+        except netlink.NetlinkError as error:
+            if error.errno == EXFULL:
+                raise spec.CniError(
+                    spec.TRY_LATER, f"bridge {conf.bridge} is full: a Linux bridge has at most {BRIDGE_PORTS} ports",
+                    "a port is free after the next DEL",
+                ) from None  # fmt: skip
+            if error.errno != errno.EEXIST or last:
+                raise
+            stale = rtnl.link_named(host, host_name)
+            if stale is not None:
+                rtnl.delete_link(host, stale.ifindex)  # left by an earlier attempt for the same attachment
+    link = rtnl.link_named(host, host_name)
+    if link is None:
+        raise spec.CniError(spec.FAILED, f"veth {host_name} vanished while it was set up")
+    changes = {}
+    if conf.hairpin:
+        changes["hairpin"] = True
+    if conf.port_isolation:
+        changes["isolated"] = True
+    if changes:
+        request(host, rtnl.set_link(link.ifindex, **changes), f"port {host_name} of {conf.bridge}")
+    return link
+
+
+def configure(
+    pod: netlink.Socket, ifname: str, addresses: list[IpInterface], routes: list[rtnl.Route], *, dad: bool
+) -> Link:
+    """Give the pod's end its addresses and routes and put it up. To be called inside the pod's namespace."""
+    link = pod_link(pod, ifname)
+    ipv6 = [address for address in addresses if address.version == 6]
+    if sysctl.read("net/ipv6/conf/all/forwarding") is not None:
+        if not dad:
+            sysctl.write(f"net/ipv6/conf/{ifname}/accept_dad", 0)
+        if ipv6:
+            sysctl.write(f"net/ipv6/conf/{ifname}/disable_ipv6", 0)
+            sysctl.write(f"net/ipv6/conf/{ifname}/keep_addr_on_down", 1)
+    sysctl.write(f"net/ipv4/conf/{ifname}/arp_notify", 1)
+    flags = 0 if dad else rtnl.F_NODAD
+    messages, names = [], []
+    for address in addresses:  # IPv4 before the link is up: then the kernel announces it (arp_notify)
+        if address.version == 4:
+            messages.append(rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen))
+            names.append(f"address {address}")
+    messages.append(rtnl.set_link(link.ifindex, up=True))
+    names.append("up")
+    for address in ipv6:
+        messages.append(rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen, flags=flags))
+        names.append(f"address {address}")
+    for error, name in zip(pod.batch(messages), names, strict=True):
+        if error is not None:
+            raise netlink.NetlinkError(error.errno, f"{ifname}: {name}: {error.strerror}")
+    if ipv6 and dad:
+        _wait_for_dad(pod, link)
+    add_routes(pod, ifname, [route._replace(oif=link.ifindex) for route in routes])
+    return link
+
+
+def add_routes(pod: netlink.Socket, ifname: str, routes: list[rtnl.Route]) -> None:
+    """Add routes, several of one destination side by side; an equal one may be there."""
+    unique = list(dict.fromkeys(routes))
+    if not unique:
+        return
+    for error, route in zip(pod.batch([rtnl.route_request(r, append=True) for r in unique]), unique, strict=True):
+        if error is not None and error.errno != errno.EEXIST:
+            destination = f"{_socket.inet_ntop(_family(route.dst), route.dst)}/{route.prefix}"
+            via = f" via {_socket.inet_ntop(_family(route.gateway), route.gateway)}" if route.gateway else ""
+            raise netlink.NetlinkError(error.errno, f"{ifname}: route {destination}{via}: {error.strerror}")
+
+
+def pod_link(pod: netlink.Socket, ifname: str) -> Link:
+    """Return the pod's end. Raise `CniError` when it is not there."""
+    link = rtnl.link_named(pod, ifname)
+    if link is None:
+        raise spec.CniError(spec.FAILED, f"interface {ifname} is missing in the pod")
+    return link
+
+
+def _wait_for_dad(pod: netlink.Socket, link: Link) -> None:
+    deadline = time.monotonic() + 2 * _SETTLE_SECONDS
+    while True:
+        found = [a for a in rtnl.addresses(pod, link.ifindex, _socket.AF_INET6) if a.scope == 0]
+        failed = next((a for a in found if a.flags & rtnl.F_DADFAILED), None)
+        if failed is not None:
+            raise spec.CniError(
+                spec.FAILED, f"address {_socket.inet_ntop(_socket.AF_INET6, failed.packed)}: in use by another (DAD)"
+            )
+        if not any(a.flags & rtnl.F_TENTATIVE for a in found):
+            return
+        if time.monotonic() > deadline:
+            raise spec.CniError(spec.FAILED, f"{link.name}: duplicate address detection did not end")
+        time.sleep(0.02)
+
+
+def wait_until_forwarding(host: netlink.Socket, ifindex: int) -> Link:
+    """Return the host's end once it carries traffic: the kernel's link watch runs a moment after both ends are up."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    pause = 0.0005
+    while True:
+        link = rtnl.link_at(host, ifindex)
+        if link is None:
+            raise spec.CniError(spec.FAILED, "the pod's link vanished while it was set up")
+        if link.operstate == rtnl.OPER_UP or time.monotonic() > deadline:
+            return link
+        time.sleep(pause)
+        pause = min(pause * 2, 0.02)
+
+
+def disconnect(host: netlink.Socket, host_name: str, pod_netns: int | None, ifname: str) -> None:
+    """Delete the pod's link, found from the host's side, else from the pod's."""
+    link = rtnl.link_named(host, host_name)
+    if link is not None:
+        rtnl.delete_link(host, link.ifindex)
+        return
+    if pod_netns is None:
+        return
+    with netns.inside(pod_netns):
+        pod = netlink.Socket()
+    with pod:
+        end = rtnl.link_named(pod, ifname)
+        if end is not None:
+            rtnl.delete_link(pod, end.ifindex)
+
+
+def _family(packed: bytes) -> int:
+    return _socket.AF_INET if len(packed) == 4 else _socket.AF_INET6
+
+
+def request(sock: netlink.Socket, message: netlink.Message, what: str, absent: tuple[int, ...] = ()) -> None:
+    """Send one request. Raise `NetlinkError` saying `what` failed, unless its error number is in `absent`."""
+    error = sock.batch([message])[0]
+    if error is not None and error.errno not in absent:
+        raise netlink.NetlinkError(error.errno, f"{what}: {error.strerror}")
