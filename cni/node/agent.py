@@ -137,8 +137,6 @@ class Agent:
         self._quiet = frozenset(link.index for link in links if link.name == self._options.bridge)
 
     def _masquerade(self, members: dict[str, Member], want: Wanted, audit: bool) -> None:
-        if self._masquerading is None:
-            return
         direct = [*self._options.settings.cluster_cidrs, *self._options.non_masquerade]
         direct += [] if self._options.masquerade_link_local else LINK_LOCAL
         direct += [claim.cidr for member in members.values() for claim in member.claims]
@@ -192,7 +190,7 @@ class Agent:
                 node=node,
                 pid=os.getpid(),
                 backend=options.settings.backend,
-                masquerade=self._masquerading.name if self._masquerading else "off",
+                masquerade=self._masquerading.name,
                 peers=tuple(
                     Peer(r.node, r.address, r.cidr, r.how, r.dev, r.via, r.mtu, r.reason) for r in want.reaches
                 ),

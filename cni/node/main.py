@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cni.node import status
 from cni.node.agent import Agent, Options
+from cni.node.cleanup import clean
 from cni.node.ledger import Ledger
 from cni.node.metrics import Metrics
 from cni.node.podcidrs import BadPool, Pool, pools
@@ -97,6 +98,8 @@ def _serve(arguments: list[str]) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     lifecycle.configure_logs("pynetd", args)
+    if args.cleanup:
+        return _clean(args)
     try:
         source = source_from(args, {"Node"})
     except NoSource as error:
@@ -125,6 +128,21 @@ def _serve(arguments: list[str]) -> int:
         return 1
     finally:
         os.close(lock)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    there = args.state_dir.is_dir()
+    lock = _locked(args.state_dir) if there else None
+    if there and lock is None:
+        return 1
+    failed = False
+    for what, became in clean(args.state_dir, args.cni_conf_dir, args.bridge):
+        failed = failed or became.startswith("not removed")
+        log.info("cleanup", extra=logs.fields(what=what, became=became))
+    if lock is not None:
+        (args.state_dir / status.LOCK).unlink(missing_ok=True)
+        os.close(lock)
+    return 1 if failed else 0
 
 
 def _allocation(args: argparse.Namespace) -> tuple[Pool, ...]:
@@ -200,22 +218,25 @@ def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str) -> li
 def _locked(state_dir: Path) -> int | None:
     """Return the descriptor that holds the lock of `state_dir`, or None, said why, when another agent has it."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state_dir / status.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    path = state_dir / status.LOCK
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                return descriptor
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            pid = os.read(descriptor, 20).decode(errors="replace").strip()
-            log.error("another pynetd serves this state directory", extra=logs.fields(state_dir=state_dir, pid=pid))
-            os.close(descriptor)
-            return None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        return descriptor
+            if time.monotonic() >= deadline:
+                pid = os.read(descriptor, 20).decode(errors="replace").strip()
+                log.error("another pynetd serves this state directory", extra=logs.fields(state_dir=state_dir, pid=pid))
+                os.close(descriptor)
+                return None
+            time.sleep(0.05)
+        # taken by another one, or removed by a cleanup while we waited
+        os.close(descriptor)
 
 
 def _install(arguments: list[str]) -> int:

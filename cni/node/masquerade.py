@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import msgspec
 
 TABLE = "pynet-node"
+CHAIN = "PYNET-NODE-MASQ"
+JUMP = ("-m", "comment", "--comment", "pynetd: pods leaving the cluster", "-j", CHAIN)
 LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")  # ip-masq-agent: masqLinkLocal, masqLinkLocalIPv6
 MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 SETS = {("pods", 4): "ipv4_addr", ("direct", 4): "ipv4_addr", ("pods", 6): "ipv6_addr", ("direct", 6): "ipv6_addr"}
@@ -88,3 +90,19 @@ def nft_changes(before: Masquerade, after: Masquerade) -> str:
             if elements:
                 lines.append(f"{verb} element inet {TABLE} {role}{family} {{ {', '.join(sorted(elements))} }}")
     return "\n".join([*lines, ""]) if lines else ""
+
+
+def set_name(role: str, family: int) -> str:
+    """Return the name of an ipset; of no role, what all names begin with."""
+    return f"PYNET-NODE-{role.upper()}-{family}" if role else "PYNET-NODE-"
+
+
+def chain_rules(family: int) -> list[str]:
+    """Return our iptables chain's rules, as `iptables -S` prints them."""
+    return [
+        f"-A {CHAIN} -m set ! --match-set {set_name('pods', family)} src -j RETURN",
+        f"-A {CHAIN} -m set --match-set {set_name('direct', family)} dst -j RETURN",
+        f"-A {CHAIN} -m addrtype --dst-type LOCAL -j RETURN",
+        f"-A {CHAIN} -d {MULTICAST[family]} -j RETURN",
+        f"-A {CHAIN} -j MASQUERADE --random-fully",
+    ]

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import contextlib
+from typing import Any, Literal, Protocol
 
-from cni.node.masquerade import TABLE, Masquerade, nft_changes, nft_table
+from cni.node.masquerade import CHAIN, JUMP, TABLE, Masquerade, chain_rules, nft_changes, nft_table, set_name
 from pynet.daemon import logs
-from pynet.kernel import nftables
+from pynet.kernel import ipset, nftables
+from pynet.kernel.ipset import IpsetError
+from pynet.kernel.iptables import BACKENDS, IptablesError, Tool, Version, backend_of_host
+from pynet.kernel.nftables import NftError
 
 log = logs.get(__name__)
+VERSIONS: tuple[Version, ...] = (4, 6)
 Choice = Literal["auto", "nftables", "iptables", "off"]
+
+
+class Masquerading(Protocol):
+    """One way to masquerade."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    def ensure(self, wanted: Masquerade, audit: bool) -> bool:
+        """Bring the kernel to `wanted`; with `audit`, whatever became of it. Return whether that changed something."""
+
+    def remove(self) -> bool:
+        """Take away all that this way put there; return whether there was something."""
 
 
 class Nftables:
@@ -33,7 +52,7 @@ class Nftables:
         try:
             if script:
                 nftables.apply(script)
-        except nftables.NftError as error:
+        except NftError as error:
             log.info("element changes refused; writing the whole table", extra=logs.fields(error=error))
             script = ""
         if not script:
@@ -41,8 +60,7 @@ class Nftables:
         self._last = wanted
         return True
 
-    @staticmethod
-    def remove() -> bool:
+    def remove(self) -> bool:
         """Take our table away; return whether it was there."""
         if not nftables.list_table("inet", TABLE):
             return False
@@ -80,6 +98,162 @@ def _shortest(prefix: str) -> str:
     return base if length == ("128" if ":" in base else "32") else prefix
 
 
-def chosen(choice: Choice) -> Nftables | None:
-    """Return what masquerades; None for nothing."""
-    return None if choice == "off" else Nftables()
+class Iptables:
+    """Our chain in `nat` and its two ipsets, of each family that pods have."""
+
+    name = "iptables"
+
+    def __init__(self) -> None:
+        self._last: Masquerade | None = None
+
+    def ensure(self, wanted: Masquerade, audit: bool) -> bool:
+        """Bring sets and chains to `wanted`; with `audit`, whatever became of them. Return whether that changed."""
+        if wanted == self._last and not audit:
+            return False
+        backend = backend_of_host()
+        held = ipset.saved(set_name("", 0))
+        commands: list[str] = []
+        changed = False
+        for version in VERSIONS:
+            if not wanted.members("pods", version):
+                continue
+            for role in ("pods", "direct"):
+                name = set_name(role, version)
+                family = {"family": "inet" if version == 4 else "inet6"}
+                if name not in held:
+                    commands.append(ipset.declaration(name, "hash:net", family))
+                have = {_whole(entry) for entry in held[name].entries} if name in held else set()
+                commands += ipset.changes(name, have, wanted.members(role, version))
+        ipset.restore(commands)
+        for version in VERSIONS:
+            if wanted.members("pods", version):
+                changed = _ensure_chain(Tool(backend, version)) or changed
+        changed = changed or bool(commands)
+        if changed and wanted == self._last:
+            log.warning("masquerade changed by another hand; put right", extra=logs.fields(chain=CHAIN))
+        self._last = wanted
+        return changed
+
+    def remove(self) -> bool:
+        """Take chains and sets away; return whether there were some."""
+        found = False
+        for backend in BACKENDS:
+            for version in VERSIONS:
+                tool = Tool(backend, version)
+                saved = tool.save("nat").splitlines() if backend == "legacy" else tool.rules_of("nat", CHAIN)
+                if any(line.startswith((f":{CHAIN} ", f"-N {CHAIN}")) for line in saved):
+                    with contextlib.suppress(IptablesError):
+                        tool.change("nat", ["-D", "POSTROUTING", *JUMP])
+                    tool.change("nat", ["-F", CHAIN])
+                    tool.change("nat", ["-X", CHAIN])
+                    found = True
+        held = ipset.saved(set_name("", 0))
+        ipset.restore([f"destroy {name}" for name in held])
+        return found or bool(held)
+
+
+def _ensure_chain(tool: Tool) -> bool:
+    wanted = chain_rules(tool.version)
+    changed = False
+    if [rule for rule in tool.rules_of("nat", CHAIN) if rule.startswith("-A ")] != wanted:
+        tool.restore("\n".join(["*nat", f":{CHAIN} - [0:0]", *wanted, "COMMIT", ""]))
+        changed = True
+    if not any(rule.endswith(f"-j {CHAIN}") for rule in tool.rules_of("nat", "POSTROUTING")):
+        tool.change("nat", ["-A", "POSTROUTING", *JUMP])
+        changed = True
+    return changed
+
+
+def _whole(entry: str) -> str:
+    """Return an entry as a prefix: ipset lists a whole address without its length."""
+    return entry if "/" in entry else f"{entry}/{128 if ':' in entry else 32}"
+
+
+class Auto:
+    """nftables; iptables for good, where nftables refuses at the first time."""
+
+    def __init__(self) -> None:
+        self._way: Masquerading = Nftables()
+        self._settled = False
+
+    @property
+    def name(self) -> str:
+        """The way in use."""
+        return self._way.name
+
+    def ensure(self, wanted: Masquerade, audit: bool) -> bool:
+        """As the way in use does."""
+        try:
+            changed = self._way.ensure(wanted, audit)
+        except NftError as error:
+            if self._settled:
+                raise
+            other = Iptables()
+            try:
+                changed = other.ensure(wanted, audit)
+            except (IptablesError, IpsetError) as second:
+                raise IptablesError(f"neither nftables nor iptables can masquerade: {error}; {second}") from None
+            log.info("nftables cannot masquerade; iptables does", extra=logs.fields(error=error))
+            self._way = other
+        self._settled = True
+        return changed
+
+    def remove(self) -> bool:
+        """Take both ways' objects away."""
+        return Off().remove()
+
+
+class Off:
+    """No masquerade, and nothing left of an earlier one."""
+
+    name = "off"
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def ensure(self, wanted: Masquerade, audit: bool) -> bool:  # noqa: ARG002
+        """Remove what there is, once."""
+        changed = not self._done and self.remove()
+        self._done = True
+        return changed
+
+    def remove(self) -> bool:
+        """Take both ways' objects away."""
+        removed = False
+        for way in (Nftables(), Iptables()):
+            with contextlib.suppress(NftError, IptablesError, IpsetError):
+                removed = way.remove() or removed
+        return removed
+
+
+class Only:
+    """One way, and nothing left of the other: masquerading happens in one place."""
+
+    def __init__(self, way: Masquerading, other: Masquerading) -> None:
+        self._way, self._other = way, other
+        self._clean = False
+        self.name = way.name
+
+    def ensure(self, wanted: Masquerade, audit: bool) -> bool:
+        """As the way does."""
+        changed = self._way.ensure(wanted, audit)
+        if not self._clean:
+            with contextlib.suppress(NftError, IptablesError, IpsetError):
+                self._other.remove()
+            self._clean = True
+        return changed
+
+    def remove(self) -> bool:
+        """Take both ways' objects away."""
+        return Off().remove()
+
+
+def chosen(choice: Choice) -> Masquerading:
+    """Return what masquerades."""
+    ways: dict[Choice, Masquerading] = {
+        "auto": Auto(),
+        "nftables": Only(Nftables(), Iptables()),
+        "iptables": Only(Iptables(), Nftables()),
+        "off": Off(),
+    }
+    return ways[choice]
