@@ -52,7 +52,9 @@ class Tool:
         try:
             return _run([self._stem, *self._wait(), "-t", table, "-S", chain]).splitlines()
         except IptablesError as error:
-            if "No chain/target/match" in str(error) or "does not exist" in str(error) or "Bad rule" in str(error):
+            # the last one is how iptables-nft 1.8.9 speaks of a chain that is missing from a table that is there
+            absent = ("No chain/target/match", "does not exist", "Bad rule", "is incompatible, use 'nft' tool")
+            if any(words in str(error) for words in absent):
                 return []
             raise
 
