@@ -135,11 +135,15 @@ def constant_chains(family: Family, settings: NodeSettings, *, drop_invalid: boo
 
 
 def render(
-    table: str, chains: Mapping[str, Iterable[str]], gone: Iterable[str] = (), commands: Iterable[str] = ()
+    table: str,
+    chains: Mapping[str, Iterable[str]],
+    gone: Iterable[str] = (),
+    commands: Iterable[str] = (),
+    prelude: Iterable[str] = (),
 ) -> str:
     """Return the rule file that gives `chains` their rules, runs `commands` and removes the chains `gone`."""
     gone = list(gone)
-    lines = [f"*{table}"]
+    lines = [f"*{table}", *prelude]
     lines += (f":{chain} - [0:0]" for chain in chains)
     lines += (f":{chain} - [0:0]" for chain in gone)
     for chain, rules in chains.items():
