@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from socket import AF_INET, AF_INET6, inet_pton
 
 import msgspec
 
@@ -47,39 +48,73 @@ def digest(text: str) -> str:
     return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:16]
 
 
-def address_chains(family: Family, entries: Iterable[Entry], refused: frozenset[str]) -> Chains:
-    """Return the tree over addresses, its root named `ROOT`. `refused`: addresses whose other ports are refused."""
-    by_address: dict[str, list[Entry]] = {}
-    for entry in entries:
-        by_address.setdefault(entry.address, []).append(entry)
-    length = 128 if family is Family.V6 else 32
-    chains: Chains = {}
-    leaves = []
-    for address in by_address.keys() | refused:
-        here = sorted(by_address.get(address, ()), key=_by_port)
-        rules = _port_rules(f"-d {address}/{length} ", address, here, chains)
-        if address in refused:
-            rules.append(f"-d {address}/{length} -j PYNET-REJECT")
-        leaves.append((_number(address), rules))
-    leaves.sort()
-    _grow(_space_of_addresses(family), ROOT, leaves, chains)
-    return chains
+class Directory:
+    """Every entry by its address, and the trees over them; what is rendered for an address is kept until it changes."""
 
+    def __init__(self, family: Family, node_port_head: Sequence[str]) -> None:
+        self._length = 128 if family is Family.V6 else 32
+        self._space = _space_of_addresses(family)
+        self._head = list(node_port_head)
+        self._entries: dict[str, dict[tuple[str, int], Entry]] = {}
+        self._refused: dict[str, int] = {}
+        self._leaves: dict[str, tuple[int, list[str]]] = {}
+        self._branches: dict[str, Chains] = {}
+        self._stale: set[str] = set()
 
-def node_port_chains(head: Sequence[str], entries: Iterable[Entry]) -> Chains:
-    """Return the trees over node ports, their root named `NODE_PORTS` and beginning with `head`."""
-    chains: Chains = {}
-    rules = _port_rules("", "", sorted(entries, key=_by_port), chains)
-    chains[NODE_PORTS] = [*head, *rules]
-    return chains
+    def add(self, entries: Iterable[Entry], refused: Iterable[str]) -> None:
+        """Take in the entries of a Service port; `refused`: its addresses whose other ports are refused."""
+        for entry in entries:
+            self._entries.setdefault(entry.address, {})[entry.protocol, entry.port] = entry
+            self._stale.add(entry.address)
+        for address in refused:
+            self._refused[address] = self._refused.get(address, 0) + 1
+            self._stale.add(address)
 
+    def remove(self, entries: Iterable[Entry], refused: Iterable[str]) -> None:
+        """Forget what was added for a Service port."""
+        for entry in entries:
+            here = self._entries[entry.address]
+            if here.get((entry.protocol, entry.port)) == entry:
+                del here[entry.protocol, entry.port]
+            if not here:
+                del self._entries[entry.address]
+            self._stale.add(entry.address)
+        for address in refused:
+            self._refused[address] -= 1
+            if not self._refused[address]:
+                del self._refused[address]
+            self._stale.add(address)
 
-def _by_port(entry: Entry) -> tuple[str, int]:
-    return entry.protocol, entry.port
+    def chains(self) -> Chains:
+        """Return the trees of addresses (`ROOT`) and of node ports (`NODE_PORTS`); a chain follows those it uses."""
+        for address in self._stale:
+            self._render(address)
+        self._stale.clear()
+        chains: Chains = {}
+        for branches in self._branches.values():
+            chains.update(branches)
+        leaves = sorted(leaf for address, leaf in self._leaves.items() if address)
+        _grow(self._space, ROOT, leaves, chains)
+        chains[NODE_PORTS] = self._head + (self._leaves[""][1] if "" in self._leaves else [])
+        return chains
+
+    def _render(self, address: str) -> None:
+        self._leaves.pop(address, None)
+        self._branches.pop(address, None)
+        entries = [entry for _, entry in sorted(self._entries.get(address, {}).items())]
+        branches: Chains = {}
+        prefix = f"-d {address}/{self._length} " if address else ""
+        rules = _port_rules(prefix, address, entries, branches)
+        if address in self._refused:
+            rules.append(f"{prefix}-j PYNET-REJECT")
+        if rules:
+            self._leaves[address] = (_number(address) if address else 0, rules)
+        if branches:
+            self._branches[address] = branches
 
 
 def _number(address: str) -> int:
-    return int(ipaddress.ip_address(address))
+    return int.from_bytes(inet_pton(AF_INET6 if ":" in address else AF_INET, address))
 
 
 def _port_rules(prefix: str, address: str, entries: list[Entry], chains: Chains) -> list[str]:

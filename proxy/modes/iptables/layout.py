@@ -8,11 +8,12 @@ change of endpoints rewrites one chain, and nothing grows with the Services but 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from proxy.modes.iptables import dispatch
-from proxy.modes.iptables.dispatch import Chains, Entry, digest
+from proxy.modes.iptables.dispatch import Chains, Directory, Entry, digest
 from proxy.plan import (
     Action,
     Endpoint,
@@ -48,6 +49,7 @@ _SAME_ADDRESS = {
     + ",6 0 0 65535,6 0 0 0",
 }  # fmt: skip
 _MAX_SLOTS = 256
+_UNSAFE = re.compile(r"[^A-Za-z0-9_./: -]")
 
 
 def refuse_mark(settings: NodeSettings) -> int:
@@ -110,16 +112,13 @@ def server_chains(server: VirtualServer, settings: NodeSettings) -> Chains:
     return chains
 
 
-def dispatch_chains(
-    family: Family, settings: NodeSettings, entries: Iterable[Entry], refused: frozenset[str]
-) -> Chains:
-    """Return the trees that lead to the Service ports."""
-    entries = list(entries)
-    head = [] if uses_loopback(family, settings) else [f"-d {_LOOPBACK[family]} -j RETURN"]
-    return {
-        **dispatch.address_chains(family, (entry for entry in entries if entry.address), refused),
-        **dispatch.node_port_chains(head, (entry for entry in entries if not entry.address)),
-    }
+def directory(plan: Plan) -> Directory:
+    """Return the trees that lead to the Service ports of `plan`."""
+    head = [] if uses_loopback(plan.family, plan.settings) else [f"-d {_LOOPBACK[plan.family]} -j RETURN"]
+    made = Directory(plan.family, head)
+    for server in plan.servers.values():
+        made.add(*entrances(server, plan.settings))
+    return made
 
 
 def uses_loopback(family: Family, settings: NodeSettings) -> bool:
@@ -127,11 +126,6 @@ def uses_loopback(family: Family, settings: NodeSettings) -> bool:
     if family is Family.V6 or not settings.localhost_node_ports:
         return False
     return not settings.node_port_addresses or inside("127.0.0.1", settings.node_port_addresses)
-
-
-def constant_chains(family: Family, settings: NodeSettings, *, drop_invalid: bool) -> dict[str, Chains]:
-    """Return, by table, the chains that do not depend on any Service."""
-    return {"nat": _constant_nat(family, settings), "filter": _constant_filter(family, settings, drop_invalid)}
 
 
 def render(
@@ -154,6 +148,24 @@ def render(
     return "\n".join(lines)
 
 
+def in_parts(
+    table: str, chains: Chains, gone: Iterable[str], commands: Iterable[str], rules_at_once: int | None
+) -> Iterator[str]:
+    """Yield `render`'s rule file in transactions of about so many rules (None: all in one), the commands in the last.
+
+    `chains` are in an order in which none uses a later one, so each part stands on the parts before it.
+    """
+    part: Chains = {}
+    size = 0
+    for name, rules in chains.items():
+        if part and rules_at_once and size + len(rules) > rules_at_once:
+            yield render(table, part)
+            part, size = {}, 0
+        part[name] = rules
+        size += len(rules)
+    yield render(table, part, gone, commands)
+
+
 def all_server_chains(plan: Plan) -> Chains:
     """Return the chains of every Service port."""
     chains: Chains = {}
@@ -162,16 +174,21 @@ def all_server_chains(plan: Plan) -> Chains:
     return chains
 
 
-def trees(plan: Plan) -> Chains:
-    """Return the trees that lead to the Service ports of `plan`."""
-    entries = [entry for server in plan.servers.values() for entry in entries_of(server, plan.settings)]
-    refused = frozenset(address for server in plan.servers.values() for address in refused_addresses(server))
-    return dispatch_chains(plan.family, plan.settings, entries, refused)
-
-
 def entrances(server: VirtualServer | None, settings: NodeSettings) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Return what of a Service port is in the trees: they need no new look while this stays."""
     return (entries_of(server, settings), tuple(refused_addresses(server))) if server else ((), ())
+
+
+def nat_chains(plan: Plan, trees: Chains) -> Chains:
+    """Return all chains of nat; one that jumps follows those it jumps to. `trees`: the plan's `directory`, rendered."""
+    constant = _constant_nat(plan.family, plan.settings)
+    first = {name: constant.pop(name) for name in ("PYNET-REJECT", "PYNET-DROP")}
+    return first | all_server_chains(plan) | trees | constant
+
+
+def filter_chains(family: Family, settings: NodeSettings, *, drop_invalid: bool) -> Chains:
+    """Return all chains of filter."""
+    return _constant_filter(family, settings, drop_invalid)
 
 
 def _mark(value: int, mask: int) -> str:
@@ -211,6 +228,11 @@ def _constant_filter(family: Family, settings: NodeSettings, drop_invalid: bool)
     # Loopback addresses become reachable with route_localnet; nobody else may use that (CVE-2020-8558).
     guard = f"! -s {loopback} -d {loopback} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
     return {
+        "PYNET-REFUSE": [
+            f"-m mark --mark {both:#x}/{both:#x} -j DROP",
+            "-p tcp -j REJECT --reject-with tcp-reset",
+            f"-j REJECT --reject-with {icmp}",
+        ],
         "PYNET-INPUT": [refused, *([guard] if uses_loopback(family, settings) else [])],
         "PYNET-OUTPUT": [refused],
         "PYNET-FORWARD": [
@@ -218,11 +240,6 @@ def _constant_filter(family: Family, settings: NodeSettings, drop_invalid: bool)
             *(["-m conntrack --ctstate INVALID -j DROP"] if drop_invalid else []),
             f"-m mark --mark {masquerade:#x}/{masquerade:#x} -j ACCEPT",
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
-        ],
-        "PYNET-REFUSE": [
-            f"-m mark --mark {both:#x}/{both:#x} -j DROP",
-            "-p tcp -j REJECT --reject-with tcp-reset",
-            f"-j REJECT --reject-with {icmp}",
         ],
     }
 
@@ -388,5 +405,5 @@ def _probability(chance: float) -> str:
 
 def _comment(server: VirtualServer, frontend: Frontend) -> str:
     """Return words for whoever lists the rules: nothing in them can end the quoted text or the line."""
-    text = f"{server.key.service}:{server.key.port_name} {frontend.kind.value}"
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_./: ") else "?" for c in text)[:200]
+    key = server.key
+    return _UNSAFE.sub("?", f"{key.service}:{key.port_name} {frontend.kind.value}")[:200]

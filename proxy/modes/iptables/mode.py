@@ -10,7 +10,7 @@ import msgspec
 
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.iptables import layout
-from proxy.modes.iptables.dispatch import Chains
+from proxy.modes.iptables.dispatch import Chains, Directory
 from proxy.plan import Family, Plan, PlanChange, ServerKey
 from pynet.daemon import logs
 from pynet.kernel import sysctl
@@ -37,6 +37,7 @@ class Standing(msgspec.Struct, frozen=True):
     """What was written last, in one family."""
 
     plan: Plan
+    directory: Directory
     trees: Chains
 
 
@@ -48,6 +49,8 @@ class IptablesMode:
     def __init__(self, backend: Backend | None = None, *, drop_invalid: bool = True) -> None:
         self.backend: Backend = backend or backend_of_host()
         self._drop_invalid = drop_invalid
+        # iptables-nft-restore takes time by the square of a transaction's rules; legacy replaces the table at each
+        self._rules_at_once = 2000 if self.backend == "nft" else None
         self._standing: dict[Family, Standing] = {}
 
     def sync(self, plans: Sequence[Plan]) -> Written:
@@ -110,9 +113,12 @@ class IptablesMode:
     def _converge(self, plan: Plan) -> tuple[Written, list[tuple[str, str]]]:
         """Make the kernel hold `plan`; return what was written, and (chain, what was wrong) for each difference."""
         began = time.monotonic()
-        wanted = layout.constant_chains(plan.family, plan.settings, drop_invalid=self._drop_invalid)
-        trees = layout.trees(plan)
-        wanted["nat"] |= layout.all_server_chains(plan) | trees
+        directory = layout.directory(plan)
+        trees = directory.chains()
+        wanted = {
+            "filter": layout.filter_chains(plan.family, plan.settings, drop_invalid=self._drop_invalid),
+            "nat": layout.nat_chains(plan, trees),
+        }
         rendered = time.monotonic()
         tool = self._tool(plan.family)
         script = ""
@@ -136,7 +142,7 @@ class IptablesMode:
             sysctl.write("net/ipv4/conf/all/route_localnet", 1)
         if script:
             self._restore(tool, script, plan)
-        self._standing[plan.family] = Standing(plan, trees)
+        self._standing[plan.family] = Standing(plan, directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered), wrong
 
     def _prelude(self, chains: Chains) -> tuple[str, ...]:
@@ -153,16 +159,22 @@ class IptablesMode:
         standing = self._standing[change.new.family]
         before: Chains = {}
         after: Chains = {}
-        is_moved = False
+        moved = []
         settings = change.new.settings
         for key in change.keys:
             old, new = standing.plan.servers.get(key), change.new.servers.get(key)
             before |= layout.server_chains(old, settings) if old else {}
             after |= layout.server_chains(new, settings) if new else {}
-            is_moved = is_moved or layout.entrances(old, settings) != layout.entrances(new, settings)
+            left, entered = layout.entrances(old, settings), layout.entrances(new, settings)
+            if left != entered:
+                moved.append((left, entered))
         trees = standing.trees
-        if is_moved:
-            trees = layout.trees(change.new)
+        if moved:
+            for left, _ in moved:
+                standing.directory.remove(*left)
+            for _, entered in moved:
+                standing.directory.add(*entered)
+            trees = standing.directory.chains()
             before |= {name: rules for name, rules in standing.trees.items() if trees.get(name) != rules}
             after |= {name: rules for name, rules in trees.items() if standing.trees.get(name) != rules}
         differing = {name: rules for name, rules in after.items() if before.get(name) != rules}
@@ -171,7 +183,7 @@ class IptablesMode:
         rendered = time.monotonic()
         if script:
             self._restore(self._tool(change.new.family), script, change.new)
-        self._standing[change.new.family] = Standing(change.new, trees)
+        self._standing[change.new.family] = Standing(change.new, standing.directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered)
 
     def _restore(self, tool: Tool, script: str, plan: Plan) -> None:
