@@ -15,6 +15,7 @@ from proxy.config import ConfigError, Settings
 from proxy.engine import Engine
 from proxy.flows import Cleaner
 from proxy.health import Health, health_routes, metrics_routes
+from proxy.inspect import command
 from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, registry
 from proxy.plan import Family
@@ -32,6 +33,9 @@ Routes = dict[str, Callable[[], Reply]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `pyproxy`; return its exit code: 2 for what the command line or a file asks that cannot be."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["explain"]:
+        return command.main(arguments[1:])
     try:
         args, settings = flags.parse(arguments)
     except ConfigError as error:
