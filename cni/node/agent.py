@@ -75,6 +75,7 @@ class Agent:
         self._failures = 0
         self._timer: threading.Timer | None = None
         self.ready = threading.Event()
+        self.pod_cidrs: tuple[str, ...] = ()
         self.failing_since: float | None = None
 
     def on_batch(self, batch: Batch) -> None:
@@ -112,6 +113,7 @@ class Agent:
         outcome = self._ways.bring(members)
         want = outcome.want
         problems += [*want.problems, *outcome.problems]
+        self.pod_cidrs = want.pod_cidrs
         self._note_links(outcome)
         failed = [
             self._step(problems, "masquerade", lambda: self._masquerade(members, want, audit)),

@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cni.install import install
 from cni.node import status
+from cni.node.addresses import usage
 from cni.node.agent import Agent, Options
 from cni.node.cleanup import clean
 from cni.node.ledger import Ledger
 from cni.node.metrics import Metrics
 from cni.node.podcidrs import BadPool, Pool, pools
 from cni.node.routes import PROTOCOL, Settings
+from cni.serve import Server
 from pynet.daemon import http, lifecycle, logs
 from pynet.kernel.netevents import Watch
 from pynet.kernel.routes import Rtnetlink
@@ -165,7 +168,9 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
     with Rtnetlink() as kernel:
         watch = Watch()
         agent = Agent(options, metrics, kernel)
-        servers = _http(agent, metrics, healthz, metrics_bind)
+        servers = _http(agent, metrics, healthz, metrics_bind, options.state_dir)
+        executable = Server(options.state_dir, on_request=metrics.cni_request)
+        executable.start()
         log.info(
             "started",
             extra=logs.fields(
@@ -183,6 +188,7 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
             thread.start()
         agent.run(stop)
         lifecycle.notify("STOPPING=1")
+        executable.close()
         for server in servers:
             server.close()
         for thread in threads:
@@ -192,7 +198,7 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
     return 0
 
 
-def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str) -> list[http.Server]:
+def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str, state_dir: Path) -> list[http.Server]:
     """Serve health and metrics; on one server where both have the same address."""
 
     def alive() -> http.Reply:
@@ -207,7 +213,15 @@ def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str) -> li
         return http.Reply(503, body=b"not ready: no reconcile was completed yet\n")
 
     health = {"/healthz": alive, "/livez": alive, "/readyz": ready}
-    measured = {"/metrics": lambda: http.metrics_reply(metrics.registry)}
+
+    def measure() -> http.Reply:
+        metrics.addresses.clear()
+        for each in usage(agent.pod_cidrs, state_dir):
+            metrics.addresses.labels(each.cidr, "used").set(each.used)
+            metrics.addresses.labels(each.cidr, "free").set(each.free)
+        return http.metrics_reply(metrics.registry)
+
+    measured = {"/metrics": measure}
     if healthz == metrics_bind:
         servers = [http.serve(healthz, {**health, **measured})]
     else:
@@ -245,8 +259,6 @@ def _install(arguments: list[str]) -> int:
     )
     parser.add_argument("--cni-bin-dir", type=Path, default=Path("/opt/cni/bin"), metavar="DIR", help="(%(default)s)")
     args = parser.parse_args(arguments)
-    from cni.install import install
-
     try:
         install(args.cni_bin_dir)
     except OSError as error:

@@ -119,11 +119,12 @@ class Iptables:
                 continue
             for role in ("pods", "direct"):
                 name = set_name(role, version)
-                family = {"family": "inet" if version == 4 else "inet6"}
-                if name not in held:
-                    commands.append(ipset.declaration(name, "hash:net", family))
                 have = {_whole(entry) for entry in held[name].entries} if name in held else set()
-                commands += ipset.changes(name, have, wanted.members(role, version))
+                want = {part for entry in wanted.members(role, version) for part in _halves(entry)}
+                if name not in held:
+                    commands.append(f"create {name} hash:net family {'inet' if version == 4 else 'inet6'}")
+                commands += [f"del {name} {entry}" for entry in sorted(have - want)]
+                commands += [f"add {name} {entry}" for entry in sorted(want - have)]
         ipset.restore(commands)
         for version in VERSIONS:
             if wanted.members("pods", version):
@@ -148,7 +149,7 @@ class Iptables:
                     tool.change("nat", ["-X", CHAIN])
                     found = True
         held = ipset.saved(set_name("", 0))
-        ipset.restore([f"destroy {name}" for name in held])
+        ipset.destroy(held)
         return found or bool(held)
 
 
@@ -162,6 +163,11 @@ def _ensure_chain(tool: Tool) -> bool:
         tool.change("nat", ["-A", "POSTROUTING", *JUMP])
         changed = True
     return changed
+
+
+def _halves(prefix: str) -> tuple[str, ...]:
+    """Return a prefix as hash:net takes it: it knows no length of 0."""
+    return {"0.0.0.0/0": ("0.0.0.0/1", "128.0.0.0/1"), "::/0": ("::/1", "8000::/1")}.get(prefix, (prefix,))
 
 
 def _whole(entry: str) -> str:

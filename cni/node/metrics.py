@@ -36,7 +36,7 @@ class Metrics:
             "pynetd_cni_request_seconds", "Time that a request of the CNI executable took", ["verb"],
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5), registry=own,
         )  # fmt: skip
-        self.addresses = Gauge("pynetd_ipam_addresses", "Pod addresses", ["range", "state"], registry=own)
+        self.addresses = Gauge("pynetd_ipam_addresses", "Pod addresses", ["cidr", "state"], registry=own)
         for family in ("4", "6"):
             self.wanted.labels(family)
             self.present.labels(family)
