@@ -133,11 +133,10 @@ def render(
     chains: Mapping[str, Iterable[str]],
     gone: Iterable[str] = (),
     commands: Iterable[str] = (),
-    prelude: Iterable[str] = (),
 ) -> str:
     """Return the rule file that gives `chains` their rules, runs `commands` and removes the chains `gone`."""
     gone = list(gone)
-    lines = [f"*{table}", *prelude]
+    lines = [f"*{table}"]
     lines += (f":{chain} - [0:0]" for chain in chains)
     lines += (f":{chain} - [0:0]" for chain in gone)
     for chain, rules in chains.items():
