@@ -20,9 +20,22 @@ def _iptables(settings: Settings) -> Mode:
     )
 
 
-MODES: dict[str, Factory] = {"iptables": _iptables}
+def _ipvs(settings: Settings) -> Mode:
+    from proxy.modes.ipvs.choice import ipvs_mode
+
+    return ipvs_mode(settings)
+
+
+MODES: dict[str, Factory] = {"iptables": _iptables, "ipvs": _ipvs}
 
 
 def made(settings: Settings, name: str | None = None) -> Mode:
-    """Return the mode of that name (default: the one in `settings`). Raise `ApplyError` where it cannot be."""
+    """Return the mode of that name (default: the one in `settings`). Raise `ApplyError` where it cannot be.
+
+    Without a name the mode may be another than the one asked for, where the kernel has no IPVS.
+    """
+    if name is None and settings.mode == "ipvs":
+        from proxy.modes.ipvs.choice import chosen
+
+        return chosen(settings, MODES["iptables"])
     return MODES[name or settings.mode](settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import msgspec
 
@@ -43,23 +43,9 @@ def restore(lines: Iterable[str]) -> None:
         _run(["restore"], script)
 
 
-def changes(name: str, have: Iterable[str], want: Iterable[str]) -> list[str]:
-    """Return the commands that turn one set's entries into others; an entry that is there already is no error."""
-    had, wanted = set(have), set(want)
-    return [
-        *(f"del {name} {_key(entry)} -exist" for entry in sorted(had - wanted)),
-        *(f"add {name} {entry} -exist" for entry in sorted(wanted - had)),
-    ]
-
-
-def declaration(name: str, kind: str, options: Mapping[str, str]) -> str:
-    """Return the command that makes a set unless one of the same kind is there."""
-    return " ".join(("create", name, kind, *(f"{key} {value}".strip() for key, value in options.items()), "-exist"))
-
-
-def _key(entry: str) -> str:
-    """Return what names an entry: its extensions (skbmark, comment) are no part of it."""
-    return entry.partition(" ")[0]
+def destroy(names: Iterable[str]) -> None:
+    """Remove sets, whatever they hold; no rule may name them any more. Raise `IpsetError`."""
+    restore(f"destroy {name}" for name in names)
 
 
 def _run(arguments: list[str], script: str | None = None) -> str:

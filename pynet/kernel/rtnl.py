@@ -161,27 +161,31 @@ def add_bridge(sock: netlink.Socket, name: str, mac: str, mtu: int = 0, *, vlan_
 
 def add_veth(
     sock: netlink.Socket, host: str, peer: str, peer_netns: int, *,
-    master: int = 0, mtu: int = 0, mac: str = "", host_mac: str = "", alias: str = "", up: bool = True,
+    master: int = 0, mtu: int = 0, mac: str = "", alias: str = "", hairpin: bool = False, isolated: bool = False,
 ) -> None:  # fmt: skip
-    """Make a veth pair with both ends where they belong: `host` here, under `master`; `peer`, down, in `peer_netns`.
+    """Make a veth pair with both ends where they belong: `host` here, up, under `master`; `peer`, down, there.
 
-    The peer cannot be made up in the same message: the kernel answers ENOTCONN (veth_open).
+    One datagram, so that no kill comes between: the kernel takes neither alias nor port settings at creation. The peer
+    cannot be made up: the kernel answers ENOTCONN (veth_open).
     """
     end = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, peer) + u32(28, peer_netns)
-    body = _IFINFO.pack(0, 0, 0, IFF_UP if up else 0, IFF_UP if up else 0) + text(3, host)
+    body = _IFINFO.pack(0, 0, 0, IFF_UP, IFF_UP) + text(3, host)
     if mtu:
         end += u32(4, mtu)
         body += u32(4, mtu)
     if mac:
         end += attr(1, mac_bytes(mac))
-    if host_mac:
-        body += attr(1, mac_bytes(host_mac))
-    if alias:
-        body += attr(20, alias.encode()[:255])
     if master:
         body += u32(10, master)
     body += nest(18, text(1, "veth"), nest(2, attr(1, end)))
-    sock.request(NEWLINK, netlink.CREATE | netlink.EXCL, body, f"veth {host}")
+    settings = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, host) + attr(20, alias.encode()[:255])
+    port = [u8(kind, 1) for kind, wanted in ((4, hairpin), (33, isolated)) if wanted]
+    if port:
+        settings += nest(18, text(4, "bridge"), nest(5, *port))
+    made, set_up = sock.batch([(NEWLINK, netlink.CREATE | netlink.EXCL, body), (NEWLINK, 0, settings)])
+    for error in (made, set_up):
+        if error is not None:
+            raise netlink.NetlinkError(error.errno, f"veth {host}: {error.strerror}")
 
 
 def add_link(
@@ -189,13 +193,17 @@ def add_link(
 ) -> None:
     """Make a link that needs nothing but its kind, such as an ifb or a dummy."""
     body = _IFINFO.pack(0, 0, 0, IFF_UP if up else 0, IFF_UP if up else 0) + text(3, name)
-    if alias:
-        body += attr(20, alias.encode()[:255])
     if mtu:
         body += u32(4, mtu)
     if link:
         body += u32(5, link)
-    sock.request(NEWLINK, netlink.CREATE | netlink.EXCL, body + nest(18, text(1, kind)), f"{kind} {name}")
+    settings = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, name) + attr(20, alias.encode()[:255])
+    made, set_up = sock.batch(
+        [(NEWLINK, netlink.CREATE | netlink.EXCL, body + nest(18, text(1, kind))), (NEWLINK, 0, settings)]
+    )
+    for error in (made, set_up):
+        if error is not None:
+            raise netlink.NetlinkError(error.errno, f"{kind} {name}: {error.strerror}")
 
 
 def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
@@ -302,6 +310,17 @@ def addresses(sock: netlink.Socket, index: int, family: int = 0) -> list[Address
             packed = found_here.get(2) or found_here.get(1) or b""
             if at == index and packed:
                 found.append(Address(at, packed, prefix, netlink.as_int(found_here.get(8), flags), scope))
+    return found
+
+
+def all_addresses(sock: netlink.Socket, family: int) -> list[Address]:
+    """Return the addresses of all links, in one family."""
+    found = []
+    for reply in sock.dump(GETADDR, _IFADDR.pack(family, 0, 0, 0, 0), "list of addresses"):
+        _, prefix, flags, scope, at = _IFADDR.unpack_from(reply)
+        found_here = netlink.attributes(reply[8:])
+        if packed := found_here.get(2) or found_here.get(1):
+            found.append(Address(at, packed, prefix, netlink.as_int(found_here.get(8), flags), scope))
     return found
 
 

@@ -1,0 +1,445 @@
+"""Makes the kernel's virtual servers, sets, rules and addresses what the layout says; lets removed endpoints drain.
+
+A full pass reads what is ours and writes the difference; an update compares two layouts of the Services that changed.
+Ours is what the set of all frontends names, what is on our link, and what the set of marks names; no other virtual
+server is touched. Additions go sets, rules, addresses, servers, and removals the other way round.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from proxy.modes import ApplyError, Drift, Written
+from proxy.modes.ipvs import layout, sets, tables
+from proxy.modes.ipvs.drains import Drains
+from proxy.modes.ipvs.layout import Ground, Piece, Wanted
+from proxy.modes.ipvs.node import Node
+from proxy.modes.ipvs.steps import Do, Live, Step, draining, steps
+from proxy.plan import Family, Plan, PlanChange, ServerKey, VirtualServer, inside
+from pynet.daemon import logs
+from pynet.ipvs import ServiceId, Timeouts
+from pynet.kernel import ipset
+from pynet.kernel.ipset import IpsetError
+from pynet.kernel.iptables import Backend, IptablesError, Tool, backend_of_host
+from pynet.kernel.ipvs import Ipvs, IpvsMissing
+from pynet.kernel.netlink import Message, NetlinkError
+from pynet.kernel.sysctl import SysctlError
+
+log = logs.get(__name__)
+A = TypeVar("A")
+R = TypeVar("R")
+Found = list[tuple[ServerKey | None, str]]
+# errors that mean: it is so already
+_SETTLED = {
+    Do.ADD: (errno.EEXIST,),
+    Do.DELETE_SERVICE: (errno.ESRCH, errno.ENOENT),
+    Do.DELETE: (errno.ESRCH, errno.ENOENT),
+}
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What can be set. `drain_seconds`: how long connections keep an endpoint whose Service says nothing about it."""
+
+    scheduler: str = "rr"
+    exclude_cidrs: tuple[str, ...] = ()
+    strict_arp: bool = False
+    timeouts: Timeouts = Timeouts()
+    drain_seconds: float = 3600.0
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What was written last, in one family. `users`: how many Service ports have an address on our link."""
+
+    plan: Plan
+    ground: Ground
+    pieces: dict[ServerKey, Piece]
+    marks: dict[ServerKey, int]
+    users: Counter[str]
+
+
+class IpvsMode:
+    """The IPVS mode of the network namespace in which it was made. The kernel is asked at the first write."""
+
+    name = "ipvs"
+
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        backend: Backend | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options or Options()
+        self._backend = backend
+        self._clock = clock
+        self._node = Node()
+        self._kernel: Ipvs | None = None
+        self._standing: dict[Family, Standing] = {}
+        self._lacking: dict[str, bool] = {}
+        self._foreign: set[ServiceId] = set()
+        self._drains = Drains()
+
+    def sync(self, plans: Sequence[Plan]) -> Written:
+        """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
+        return _sum(_guarded(self._converge, plan)[0] for plan in plans)
+
+    def update(self, changes: Sequence[PlanChange]) -> Written:
+        """Write what differs in the Service ports that changed. Raise `ApplyError`."""
+        return _sum(_guarded(self._update, change) for change in changes)
+
+    def audit(self) -> Drift:
+        """Read the kernel back and repair what differs from the last plans. Raise `ApplyError`."""
+        found: Found = []
+        for standing in list(self._standing.values()):
+            found += _guarded(self._converge, standing.plan)[1]
+        return Drift(tuple(found))
+
+    def tampered(self) -> bool:
+        """Whether rules, link or servers of ours are gone or the node's addresses are others; ends drains besides."""
+        if not self._standing:
+            return False
+        is_wrong = _guarded(self._end_drains, self._clock())
+        return is_wrong or any(_guarded(self._looks_wrong, standing) for standing in self._standing.values())
+
+    def cleanup(self) -> None:
+        """Remove what is ours: rules of both iptables back ends, virtual servers, sets, link."""
+        tables.remove()
+        try:
+            held = ipset.saved("PYNET-")
+            if self._has_kernel():
+                for family in Family:
+                    ours = self._ours(family, _held(family, held))
+                    self._ipvs().send([self._ipvs().delete_service(name) for name in ours])
+            self._node.remove_link()
+            ipset.destroy(sorted(layout.all_set_names() & held.keys()))
+        except (IpsetError, NetlinkError) as error:
+            log.warning("clean-up failed", extra=logs.fields(mode=self.name, error=error))
+        self._standing.clear()
+        self._drains = Drains()
+
+    def lacking(self, names: Iterable[str]) -> frozenset[str]:
+        """Return which of these schedulers the kernel has not; it is asked once for each. Raise `NetlinkError`."""
+        names = set(names)
+        new = sorted(names - self._lacking.keys())
+        missing = self._ipvs().lacking(new)
+        self._lacking.update((name, name in missing) for name in new)
+        return frozenset(name for name in names if self._lacking[name])
+
+    def _ipvs(self) -> Ipvs:
+        if self._kernel is None:
+            self._kernel = Ipvs()
+        return self._kernel
+
+    def _has_kernel(self) -> bool:
+        try:
+            self._ipvs()
+        except IpvsMissing:
+            return False
+        return True
+
+    def _tool(self, family: Family) -> Tool:
+        if self._backend is None:
+            self._backend = backend_of_host()
+        return Tool(self._backend, tables.VERSIONS[family])
+
+    def _converge(self, plan: Plan) -> tuple[Written, Found]:
+        """Make the kernel hold `plan`; return what was written, and a line for each difference found."""
+        began = time.monotonic()
+        family = plan.family
+        self._ipvs()
+        ipset.restore(sets.declarations(family))
+        held = _held(family, ipset.saved("PYNET-"))
+        ground = self._ground(plan)
+        marks = _marks(plan, held)
+        pieces = layout.pieces(ground, plan, marks)
+        users = Counter(address for piece in pieces.values() for address in piece.addresses)
+        rendering = time.monotonic() - began
+
+        additions, removals = sets.differences(family, held, sets.entries_of(pieces.values(), users.keys()))
+        self._node.prepare([family], strict_arp=self._options.strict_arp)
+        self._ipvs().set_timeouts(self._options.timeouts)
+        ipset.restore(additions)
+        wrong = tables.converge(self._tool(family), family, plan.settings)
+        on_link = self._node.link_addresses(family)
+        self._node.add(users.keys() - on_link)
+        todo = self._steps_from_kernel(family, pieces, held)
+        self._standing[family] = Standing(plan, ground, pieces, marks, users)
+        self._run(family, todo)
+        self._node.remove(on_link - users.keys())
+        ipset.restore(removals)
+
+        wrong += (f"set: {line.removesuffix(' -exist')} was missing" for line in (*additions, *removals))
+        wrong += (f"address {address} was missing on {layout.LINK}" for address in sorted(users.keys() - on_link))
+        found: Found = [(None, f"{family.value}: {what}") for what in wrong]
+        found += ((self._owner(family, step.service), f"{family.value}: {step}") for step in todo)
+        applying = time.monotonic() - began - rendering
+        return Written(len(additions) + len(removals) + len(todo), rendering, applying), found
+
+    def _update(self, change: PlanChange) -> Written:
+        began = time.monotonic()
+        family = change.new.family
+        standing = self._standing.get(family)
+        old = {key: standing.plan.servers[key] for key in change.keys if standing and key in standing.plan.servers}
+        new = {key: change.new.servers[key] for key in change.keys if key in change.new.servers}
+        if standing is None or standing.plan.settings != change.new.settings or self._moves_ground(standing, old, new):
+            return self._converge(change.new)[0]
+        ground = standing.ground
+        marks = dict(standing.marks)
+        needy = [key for key, server in new.items() if layout.needs_mark(server)]
+        if needy or any(key in marks for key in change.keys):
+            needed = (marks.keys() - set(change.keys)) | set(needy)
+            marks = layout.assigned_marks(change.new.settings, marks, needed)
+        before = {key: standing.pieces[key] for key in old}
+        after = {key: layout.piece(ground, server, marks.get(key, 0)) for key, server in new.items()}
+        users = standing.users.copy()
+        users.update(address for piece in after.values() for address in piece.addresses)
+        users.subtract(address for piece in before.values() for address in piece.addresses)
+        users = +users
+        new_addresses = users.keys() - standing.users.keys()
+        old_addresses = standing.users.keys() - users.keys()
+        additions, removals = sets.differences(
+            family, sets.entries_of(before.values(), old_addresses), sets.entries_of(after.values(), new_addresses)
+        )
+        todo = steps(self._live(before), self._wanted(after))
+        rendering = time.monotonic() - began
+
+        ipset.restore(additions)
+        if new_addresses:
+            self._node.add(new_addresses)
+        pieces = {key: piece for key, piece in standing.pieces.items() if key not in before} | after
+        self._standing[family] = Standing(change.new, ground, pieces, marks, users)
+        self._run(family, todo)
+        self._node.remove(old_addresses)
+        ipset.restore(removals)
+        applying = time.monotonic() - began - rendering
+        return Written(len(additions) + len(removals) + len(todo), rendering, applying)
+
+    def _ground(self, plan: Plan) -> Ground:
+        addresses = self._node.own_addresses(plan.family)
+        taken = (name for server in plan.servers.values() for name in layout.taken_by(server, plan.family, addresses))
+        schedulers = {name for server in plan.servers.values() for name in layout.schedulers_of(server)}
+        return Ground(
+            plan.family,
+            plan.settings,
+            addresses,
+            self._options.scheduler,
+            frozenset(taken),
+            self._told_lacking(schedulers),
+            self._options.drain_seconds,
+        )
+
+    def _told_lacking(self, names: Collection[str]) -> frozenset[str]:
+        new = set(names) - self._lacking.keys()
+        missing = self.lacking(names)
+        for name in sorted(missing & new):
+            log.warning(
+                "this kernel lacks a scheduler",
+                extra=logs.fields(scheduler=name, module=f"ip_vs_{name}", instead=self._options.scheduler),
+            )
+        return missing
+
+    def _moves_ground(
+        self, standing: Standing, old: Mapping[ServerKey, VirtualServer], new: Mapping[ServerKey, VirtualServer]
+    ) -> bool:
+        """Whether a change of these servers may change pieces of others."""
+        ground = standing.ground
+        taken = [
+            {
+                name
+                for server in servers.values()
+                for name in layout.taken_by(server, ground.family, ground.node_addresses)
+            }
+            for servers in (old, new)
+        ]
+        schedulers = {name for server in new.values() for name in layout.schedulers_of(server)}
+        return taken[0] != taken[1] or not self._told_lacking(schedulers) <= ground.lacking
+
+    def _ours(self, family: Family, held: sets.Entries) -> list[ServiceId]:
+        """Return the virtual servers of the kernel that are ours and not excluded."""
+        version = tables.VERSIONS[family]
+        marks = set(sets.marks_of(held["SPLIT"]).values())
+        on_link = self._node.link_addresses(family)
+        return [
+            name
+            for name in self._ipvs().services()
+            if name.version == version
+            and (
+                name.mark in marks
+                if name.mark
+                else layout.frontend_entry(name) in held["SERVERS"] or name.address in on_link
+            )
+            and not (name.address and inside(name.address, self._options.exclude_cidrs))
+        ]
+
+    def _steps_from_kernel(self, family: Family, pieces: Mapping[ServerKey, Piece], held: sets.Entries) -> list[Step]:
+        """Return what differs between the kernel's virtual servers and the pieces'; adopts what drains."""
+        kernel = self._ipvs()
+        present = kernel.services()
+        ours = set(self._ours(family, held))
+        everything = {name for piece in pieces.values() for name in piece.services}
+        self._note_foreign({name for name in everything if name in present and name not in ours})
+        want = self._wanted(pieces)
+        live = {}
+        for name in ours:
+            destinations = kernel.destinations(name) if name in want else {}
+            live[name] = Live(present[name], {one: state.weight for one, state in destinations.items()})
+        for name, gone in draining(live, want).items():
+            for one in gone:
+                if not live[name].destinations[one] and want[name].drain_seconds:
+                    self._drains.begin(name, one, self._clock() + want[name].drain_seconds)
+        return steps(live, want)
+
+    def _note_foreign(self, names: set[ServiceId]) -> None:
+        for name in sorted(names - self._foreign):
+            log.warning("a virtual server of somebody else is in the way", extra=logs.fields(server=name))
+        self._foreign = {name for name in self._foreign if name in names} | names
+
+    def _wanted(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Wanted]:
+        return {
+            name: wanted
+            for piece in pieces.values()
+            for name, wanted in piece.services.items()
+            if name not in self._foreign
+        }
+
+    def _live(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Live]:
+        """Return the virtual servers as written last."""
+        found = {}
+        for name, wanted in self._wanted(pieces).items():
+            destinations = wanted.destinations | dict.fromkeys(self._drains.of(name), 0)
+            if destinations:
+                found[name] = Live(wanted.service, destinations)
+        return found
+
+    def _run(self, family: Family, todo: Sequence[Step]) -> None:
+        """Take the steps: new virtual servers first, and nothing for those that turn out to be somebody else's."""
+        new = [step for step in todo if step.do is Do.ADD_SERVICE]
+        foreign = set()
+        failed: list[tuple[Step, NetlinkError]] = []
+        for step, error in zip(new, self._send(new), strict=True):
+            if error is not None and error.errno == errno.EEXIST:
+                foreign.add(step.service)
+            elif error is not None:
+                failed.append((step, error))
+        if foreign:
+            self._note_foreign(self._foreign | foreign)
+        rest = [step for step in todo if step.do is not Do.ADD_SERVICE and step.service not in foreign]
+        for step, error in zip(rest, self._send(rest), strict=True):
+            if error is not None and error.errno not in _SETTLED.get(step.do, ()):
+                failed.append((step, error))
+            else:
+                self._note_drain(step)
+        if failed:
+            owners = {self._owner(family, step.service) for step, _ in failed}
+            message = "; ".join(f"{step}: {error}" for step, error in failed[:5])
+            raise ApplyError(f"IPVS: {message}", [] if None in owners else [key for key in owners if key])
+
+    def _note_drain(self, step: Step) -> None:
+        if step.do is Do.DELETE_SERVICE:
+            self._drains.end(step.service)
+        elif step.drain_seconds and step.destination:
+            self._drains.begin(step.service, step.destination, self._clock() + step.drain_seconds)
+        elif step.destination:
+            self._drains.end(step.service, step.destination)
+
+    def _send(self, todo: Sequence[Step]) -> list[NetlinkError | None]:
+        return self._ipvs().send([_message(self._ipvs(), step) for step in todo])
+
+    def _end_drains(self, now: float) -> bool:
+        """Remove the destinations that have drained, and virtual servers that were there only for them."""
+        kernel = self._ipvs()
+        due = self._drains.due(kernel.destinations, now)
+        todo = [Step(Do.DELETE, service, None, destination) for service, destination in due]
+        for step in todo:
+            self._note_drain(step)
+        wanted = {
+            name: one
+            for standing in self._standing.values()
+            for piece in standing.pieces.values()
+            for name, one in piece.services.items()
+        } if todo else {}  # fmt: skip
+        for service in sorted({step.service for step in todo}):
+            is_needed = service in wanted and wanted[service].destinations
+            if not is_needed and not self._drains.of(service):
+                todo.append(Step(Do.DELETE_SERVICE, service))
+        if todo:
+            log.info("endpoints have drained", extra=logs.fields(count=len(due), servers=len({s for s, _ in due})))
+        errors = [e for e in self._send(todo) if e is not None and e.errno not in (errno.ESRCH, errno.ENOENT)]
+        return bool(errors)
+
+    def _looks_wrong(self, standing: Standing) -> bool:
+        family = standing.plan.family
+        version = tables.VERSIONS[family]
+        wanted = sum(
+            bool(one.destinations) and name not in self._foreign
+            for piece in standing.pieces.values()
+            for name, one in piece.services.items()
+        )
+        return (
+            self._node.own_addresses(family) != standing.ground.node_addresses
+            or not (self._node.has_link() or not standing.users)
+            or sum(name.version == version for name in self._ipvs().services()) < wanted
+            or not tables.is_intact(self._tool(family))
+        )
+
+    def _owner(self, family: Family, name: ServiceId) -> ServerKey | None:
+        pieces = self._standing[family].pieces if family in self._standing else {}
+        return next((key for key, piece in pieces.items() if name in piece.services), None)
+
+
+def _message(kernel: Ipvs, step: Step) -> Message:
+    if step.destination is None:
+        if step.settings is None:
+            return kernel.delete_service(step.service)
+        make = kernel.add_service if step.do is Do.ADD_SERVICE else kernel.set_service
+        return make(step.service, step.settings)
+    if step.do is Do.DELETE:
+        return kernel.delete_destination(step.service, step.destination)
+    put = kernel.add_destination if step.do is Do.ADD else kernel.set_destination
+    return put(step.service, step.destination, step.weight)
+
+
+def _held(family: Family, saved: Mapping[str, ipset.Held]) -> sets.Entries:
+    """Return the entries of our sets, by suffix."""
+    names = {suffix: layout.set_name(family, suffix) for suffix in layout.SETS}
+    return {suffix: saved[name].entries if name in saved else frozenset() for suffix, name in names.items()}
+
+
+def _marks(plan: Plan, held: sets.Entries) -> dict[ServerKey, int]:
+    """Return the firewall marks: those that the kernel has, as far as they can be told, and new ones."""
+    known = sets.marks_of(held["SPLIT"])
+    need = [server for server in plan.servers.values() if layout.needs_mark(server)]
+    have: dict[ServerKey, int] = {}
+    for server in need if known else ():
+        protocol = server.key.protocol.lower()
+        for frontend in server.frontends:
+            ending = f"{frontend.address},{protocol}:{frontend.port}"
+            mark = next(
+                (m for e, m in known.items() if e == ending or (not frontend.address and e.endswith(ending))), 0
+            )
+            if mark and mark not in have.values():
+                have[server.key] = mark
+                break
+    return layout.assigned_marks(plan.settings, have, (server.key for server in need))
+
+
+def _guarded(work: Callable[[A], R], argument: A) -> R:
+    try:
+        return work(argument)
+    except (NetlinkError, IpsetError, IptablesError, SysctlError, IpvsMissing, layout.OutOfMarks) as error:
+        raise ApplyError(str(error)) from error
+
+
+def _sum(written: Iterable[Written]) -> Written:
+    parts = list(written)
+    return Written(
+        sum(part.objects for part in parts),
+        sum(part.render_seconds for part in parts),
+        sum(part.apply_seconds for part in parts),
+    )
