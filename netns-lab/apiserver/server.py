@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -74,8 +74,12 @@ class Server:
         bookmark_every: float = 60.0,
         streaming: bool = True,
         field_selectors: bool = True,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
-        """`tokens`: bearer tokens that are let in (None: everybody is). `streaming`: streaming lists are offered."""
+        """`sockets`: listening ones that are served as well, from whichever network namespace they are of.
+
+        `tokens`: bearer tokens that are let in (None: everybody is). `streaming`: streaming lists are offered.
+        """
         self.store = store or Store()
         self.api = Api(self.store, services.Allocator(service_ranges))
         self.faults = Script()
@@ -86,7 +90,8 @@ class Server:
         self.field_selectors = field_selectors
         self.tls = tls
         self.host, self.port = host, port
-        self._listener: _Listener | None = None
+        self._sockets = sockets
+        self._listeners: list[_Listener] = []
         self.start()
 
     @property
@@ -98,29 +103,36 @@ class Server:
     @property
     def running(self) -> bool:
         """Whether it listens."""
-        return self._listener is not None
+        return bool(self._listeners)
+
+    def serves(self, listener: ThreadingHTTPServer) -> bool:
+        """Whether a listener is one of those that serve now."""
+        return listener in self._listeners
 
     def start(self) -> None:
         """Listen (again, on the same port)."""
-        if self._listener is None:
-            self._listener = _Listener(self)
-            self.port = self._listener.server_address[1]
-            threading.Thread(target=self._listener.serve_forever, args=(0.05,), name="apiserver", daemon=True).start()
+        if self._listeners:
+            return
+        first = _Listener(self)
+        self.port = first.server_address[1]
+        self._listeners = [first, *(_Listener(self, sock.dup()) for sock in self._sockets)]
+        for listener in self._listeners:
+            threading.Thread(target=listener.serve_forever, args=(0.05,), name="apiserver", daemon=True).start()
 
     def stop(self) -> None:
         """End every connection, and listen no more; objects and history stay."""
-        listener, self._listener = self._listener, None
-        if listener is not None:
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             listener.shutdown()
             listener.server_close()
             listener.drop()
-            with self.store.changed:
-                self.store.changed.notify_all()
+        with self.store.changed:
+            self.store.changed.notify_all()
 
     def drop_connections(self) -> None:
         """Cut every connection; new ones are taken."""
-        if self._listener is not None:
-            self._listener.drop()
+        for listener in self._listeners:
+            listener.drop()
 
     def __enter__(self) -> Server:
         return self
@@ -158,7 +170,7 @@ class _Listener(ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_address = True
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, ready: socket.socket | None = None) -> None:
         self.owner = server
         self.open: set[socket.socket] = set()
         self.lock = threading.Lock()
@@ -171,7 +183,10 @@ class _Listener(ThreadingHTTPServer):
             if server.tls.clients:
                 self.context.verify_mode = ssl.CERT_OPTIONAL
                 self.context.load_verify_locations(server.tls.clients)
-        super().__init__((server.host, server.port), _Handler)
+        super().__init__((server.host, server.port), _Handler, bind_and_activate=ready is None)
+        if ready is not None:
+            self.socket.close()
+            self.socket = ready
 
     def server_bind(self) -> None:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -414,7 +429,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _alive(self) -> bool:
         """Return whether the client may still be listening, and the server running."""
-        if self.owner._listener is not self.server:
+        if not self.owner.serves(self.server):
             return False
         if isinstance(self.connection, ssl.SSLSocket):
             return True
