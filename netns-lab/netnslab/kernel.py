@@ -26,7 +26,8 @@ MATCHES = (
 )
 NFT = (
     "table ip probe { map m { type inet_service : verdict; }; chain c { type nat hook prerouting priority -100;"
-    " tcp dport vmap @m; dnat to 127.0.0.1:1; }; chain p { type nat hook postrouting priority 100; masquerade; }; }"
+    " tcp dport vmap @m; tcp dport 1 dnat to 127.0.0.1:1; };"
+    " chain p { type nat hook postrouting priority 100; masquerade; }; }"
 )
 MODES = ("iptables", "nftables", "ipvs", "userspace")
 

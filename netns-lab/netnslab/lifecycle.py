@@ -24,6 +24,14 @@ DEMO = Path(__file__).resolve().parent.parent / "scenarios" / "demo.yaml"
 
 def up(wanted: Spec, count: int | None, *, demo: bool = True) -> Lab:
     """Bring a lab up: a lab that is whole and as wanted is repaired, anything else is replaced."""
+    try:
+        return _up(wanted, count, demo)
+    except kernel.Unable:
+        remove(Folder(wanted.name))
+        raise
+
+
+def _up(wanted: Spec, count: int | None, demo: bool) -> Lab:
     folder = Folder(wanted.name)
     topology = plan.load(wanted.topology)
     count = topology.nodes.count if count is None else count
@@ -39,11 +47,7 @@ def up(wanted: Spec, count: int | None, *, demo: bool = True) -> Lab:
             with step(f"removing what is left of lab {folder.name}"):
                 clear(folder)
         with step(f"asking the kernel for what --mode {wanted.mode} needs"):
-            try:
-                kernel.demand_features(folder, wanted.mode, wanted.iptables_backend)
-            except kernel.Unable:
-                shutil.rmtree(folder.path)
-                raise
+            kernel.demand_features(folder, wanted.mode, wanted.iptables_backend)
         folder.make()
         folder.write_spec(wanted)
         nodes = tuple(node_record(folder, topology, wanted.ipv6, index) for index in range(1, count + 1))
@@ -180,10 +184,15 @@ def down(name: str) -> None:
         return
     with step(f"removing lab {name}"):
         interrupt(folder)
-        with holding(folder):
-            clear(folder)
-            shutil.rmtree(folder.path)
-        machine.restore_host()
+        remove(folder)
+
+
+def remove(folder: Folder) -> None:
+    """Remove all of a lab, and what the first lab brought to the machine if this was the last."""
+    with holding(folder):
+        clear(folder)
+        shutil.rmtree(folder.path)
+    machine.restore_host()
 
 
 def interrupt(folder: Folder) -> None:

@@ -193,7 +193,7 @@ def delete_namespace(netns: str) -> None:
 
 def observe_host() -> HostFacts:
     """Return what the machine is like."""
-    return HostFacts(NETNS.is_dir(), _mounted(NETNS))
+    return HostFacts(NETNS.is_dir(), NETNS.is_dir() and _mounted(NETNS))
 
 
 def remember_host(folder: state.Folder) -> None:
@@ -216,7 +216,7 @@ def restore_host() -> None:
             facts = observe_host()
         if NETNS.is_dir() and not os.listdir(NETNS):
             if not facts.netns_mount and _mounted(NETNS):
-                run(["umount", str(NETNS)], check=False)
+                run(["umount", "-n", str(NETNS)], check=False)  # -n: else umount leaves a folder /run/mount
             if not facts.netns_folder and not _mounted(NETNS):
                 with contextlib.suppress(OSError):
                     NETNS.rmdir()

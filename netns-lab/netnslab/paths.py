@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -87,13 +87,15 @@ def expectation(
     path: Path,
     origin: Place,
     backends: Sequence[Place],
-    node_addresses: Mapping[str, str],
+    leaving: Callable[[str, str], str],
     *,
     via: str,
     keeps_source: bool = True,
 ) -> Wanted:
-    """Return what should come of a path. `via`: the node that the traffic enters by; `keeps_source`: false in a mode that
-    opens connections of its own.
+    """Return what should come of a path.
+
+    `leaving`: the address with which one node (by name) sends to pods of another, or to the outside (no name);
+    `via`: the node that the traffic enters by; `keeps_source`: false in a mode that opens connections of its own.
     """
     sources: dict[str, str | None] = {}
     through_proxy = bool(path.target.service) and not keeps_source
@@ -105,7 +107,7 @@ def expectation(
         elif backend.node == via and backend.from_node:
             sources[backend.name] = backend.from_node
         else:
-            sources[backend.name] = node_addresses[via]
+            sources[backend.name] = leaving(via, backend.node)
     return Wanted(path.expect.outcome, sources, path.expect.even, path.expect.one)
 
 

@@ -14,6 +14,10 @@ CLIENT = Place("client", "", "172.31.0.200")
 NODE1 = Place("node1", "node1", "172.31.0.11")
 
 
+def leaving(via, to):
+    return NODES[via]
+
+
 def path(target, source="own"):
     return Path("x", "one", target, Expect(("one", "two"), source))
 
@@ -34,12 +38,12 @@ def path(target, source="own"):
 )
 def test_which_source_a_backend_sees(what, origin, target, source, backend, sees):
     via = target.node or origin.node
-    assert expectation(path(target, source), origin, [backend], NODES, via=via).sources == {backend.name: sees}, what
+    assert expectation(path(target, source), origin, [backend], leaving, via=via).sources == {backend.name: sees}, what
 
 
 def test_a_mode_that_opens_its_own_connections_keeps_no_source_but_only_through_services():
-    through = expectation(path(Target("http", service="s")), ONE, [TWO], NODES, via="node1", keeps_source=False)
-    direct = expectation(path(Target("tcp:80", pod="two")), ONE, [TWO], NODES, via="node1", keeps_source=False)
+    through = expectation(path(Target("http", service="s")), ONE, [TWO], leaving, via="node1", keeps_source=False)
+    direct = expectation(path(Target("tcp:80", pod="two")), ONE, [TWO], leaving, via="node1", keeps_source=False)
     assert through.sources == {"two": "172.31.0.11"}
     assert direct.sources == {"two": "10.244.1.2"}
 
