@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import struct
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import peers
 from cluster import cluster_ip
-from form import Table, in_own_namespace, median
+from form import Table, in_own_namespace, in_process_of_its_own, median
 from proxies import MODES, loaded
 
 ENDPOINTS = 2
@@ -29,7 +26,7 @@ WHERE = ("first", "middle", "last")
 
 def prepare() -> None:
     """Make every address of pods and Services reachable within the namespace, and accept at port 8080."""
-    for arguments in ("route add local 10.128.0.0/9 dev lo", "route add 10.96.0.0/12 dev lo"):
+    for arguments in ("route add local 10.128.0.0/9 dev lo", "route add 10.96.0.0/12 dev lo src 10.128.255.254"):
         subprocess.run(["ip", *arguments.split()], check=True)
     server = socket.create_server(("0.0.0.0", 8080), backlog=4096)
     threading.Thread(target=_accept, args=(server,), daemon=True).start()
@@ -77,13 +74,7 @@ def measure(layout: str, mode: str, services: int, connections: int) -> dict[str
 
 
 def point(layout: str, mode: str, services: int, connections: int) -> dict[str, float]:
-    with tempfile.NamedTemporaryFile("r") as answer:
-        command = [sys.executable, __file__, "--point", layout, mode, str(services), str(connections), answer.name]
-        subprocess.run(
-            ["unshare", "--net", "--", *command], check=True, env={**os.environ, "PYNET_BENCH_NAMESPACE": "1"}
-        )
-        found: dict[str, float] = json.loads(Path(answer.name).read_text())
-        return found
+    return in_process_of_its_own(__file__, layout, mode, services, connections)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ class Table:
     def add(self, *values: Any) -> None:
         assert len(values) == len(self.columns), (values, self.columns)
         self.rows.append(list(values))
-        print("  " + "  ".join(f"{column}={_shown(value)}" for column, value in zip(self.columns, values, strict=True)))
+        print("  " + "  ".join(f"{column}={shown(value)}" for column, value in zip(self.columns, values, strict=True)))
         sys.stdout.flush()
 
     def plot(self, title: str, *, x: str, y: str, series: Sequence[str], log: bool = False) -> None:
@@ -38,7 +39,7 @@ class Table:
 
     def markdown(self) -> str:
         lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
-        lines += ["| " + " | ".join(_shown(value) for value in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(shown(value) for value in row) + " |" for row in self.rows]
         return "\n".join(lines)
 
     def finish(self) -> None:
@@ -92,6 +93,16 @@ def in_own_namespace() -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
+def in_process_of_its_own(script: str, *arguments: object) -> dict[str, float]:
+    """Run `script --point ARGUMENTS ANSWER` in a new process and network namespace; return what it wrote to ANSWER."""
+    with tempfile.NamedTemporaryFile("r") as answer:
+        command = [sys.executable, script, "--point", *map(str, arguments), answer.name]
+        environment = {**os.environ, "PYNET_BENCH_NAMESPACE": "1"}
+        subprocess.run(["unshare", "--net", "--", *command], check=True, env=environment)
+        found: dict[str, float] = json.loads(Path(answer.name).read_text())
+        return found
+
+
 def timed(work: Callable[[], Any]) -> float:
     """Return the seconds that one call takes."""
     begin = time.perf_counter()
@@ -115,7 +126,7 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)

@@ -19,6 +19,13 @@ from pynet.sources import Batch
 
 MODES = ("iptables-legacy", "iptables-nft", "nftables")
 POD_CIDR = "10.128.0.0/9"
+ENDPOINT_KINDS = frozenset({"Service", "EndpointSlice"})
+
+
+def mode_settings(mode: str) -> Settings:
+    """Return the daemon's settings for `iptables-legacy`, `iptables-nft` or `nftables`."""
+    name, _, backend = mode.partition("-")
+    return Settings(mode=name, iptables_backend=backend, node_name="bench", cluster_cidrs=(POD_CIDR,))
 
 
 class Times(msgspec.Struct):
@@ -34,8 +41,7 @@ class Pipeline:
     """Objects → plan → kernel, in this process and this namespace, for IPv4."""
 
     def __init__(self, mode: str) -> None:
-        name, _, backend = mode.partition("-")
-        self.mode: Mode = registry.made(Settings(mode=name, iptables_backend=backend))
+        self.mode: Mode = registry.made(mode_settings(mode))
         self.cluster = Cluster("bench")
         settings = NodeSettings("bench", LocalDetector(LocalKind.CIDR, (POD_CIDR,)))
         self.planner = Planner(Family.V4, Surroundings(settings))

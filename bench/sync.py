@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import peers
-from form import Table, in_own_namespace, median, percentile, resident_mib, timed
+from form import Table, in_own_namespace, in_process_of_its_own, median, percentile, resident_mib, timed
 from proxies import MODES, loaded, one_endpoint_change
 
 ENDPOINTS = 10
@@ -65,14 +62,7 @@ def peer(mode: str, services: int, changes: int) -> dict[str, float]:
 
 
 def point(kind: str, mode: str, services: int, changes: int) -> dict[str, float]:
-    """Measure one point in a process and a namespace of its own."""
-    with tempfile.NamedTemporaryFile("r") as answer:
-        command = [sys.executable, __file__, "--point", kind, mode, str(services), str(changes), answer.name]
-        subprocess.run(
-            ["unshare", "--net", "--", *command], check=True, env={**os.environ, "PYNET_BENCH_NAMESPACE": "1"}
-        )
-        found: dict[str, float] = json.loads(Path(answer.name).read_text())
-        return found
+    return in_process_of_its_own(__file__, kind, mode, services, changes)
 
 
 def main() -> None:
