@@ -5,7 +5,11 @@ Two back ends exist on a host, `legacy` and `nft`, and rules of both are in forc
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import socket
+import struct
 import subprocess
 from pathlib import Path
 from typing import Literal
@@ -14,8 +18,11 @@ Backend = Literal["legacy", "nft"]
 Version = Literal[4, 6]
 BACKENDS: tuple[Backend, ...] = ("legacy", "nft")
 _WAIT_SECONDS = 5
+_GET_INFO = 64
+_GET_INFO_SIZE = 32 + 4 * 13
 _HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
 _LINE = re.compile(r"(?:line:? )(\d+)")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class IptablesError(Exception):
@@ -64,6 +71,23 @@ class Tool:
 
     def _wait(self) -> list[str]:
         return ["-w", str(_WAIT_SECONDS)]
+
+
+def legacy_size(version: Version, table: str) -> tuple[int, int]:
+    """Return how many entries a legacy table has and how many bytes they take, without reading them; (0, 0): no table.
+
+    IPT_SO_GET_INFO of linux/netfilter_ipv4/ip_tables.h: a name of 32 bytes in, 13 further numbers of 4 bytes out.
+    """
+    if table not in _legacy_tables(version):
+        return 0, 0
+    family, level = (socket.AF_INET6, socket.IPPROTO_IPV6) if version == 6 else (socket.AF_INET, socket.IPPROTO_IP)
+    buffer = ctypes.create_string_buffer(table.encode(), _GET_INFO_SIZE)
+    length = ctypes.c_uint32(_GET_INFO_SIZE)
+    with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as sock:
+        if _libc.getsockopt(sock.fileno(), level, _GET_INFO, buffer, ctypes.byref(length)):
+            raise IptablesError(f"size of the {table} table: {os.strerror(ctypes.get_errno())}")
+    entries, size = struct.unpack_from("=II", buffer.raw, 32 + 4 * 11)
+    return entries, size
 
 
 def backend_of_host() -> Backend:

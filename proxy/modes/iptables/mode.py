@@ -11,6 +11,7 @@ import msgspec
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.iptables import layout
 from proxy.modes.iptables.dispatch import Chains, Directory
+from proxy.modes.iptables.tamper import Watcher
 from proxy.plan import Family, Plan, PlanChange, ServerKey
 from pynet.daemon import logs
 from pynet.kernel import sysctl
@@ -53,6 +54,7 @@ class IptablesMode:
         # rules take 18 s at once and 3 s in parts. The legacy kernel replaces the whole table at each transaction.
         self._rules_at_once = _RULES_AT_ONCE if self.backend == "nft" else None
         self._standing: dict[Family, Standing] = {}
+        self._watchers: dict[Family, Watcher] = {}
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
@@ -78,18 +80,21 @@ class IptablesMode:
         return Drift(tuple(found))
 
     def tampered(self) -> bool:
-        """Whether one of our jumps is gone."""
-        return any(
-            f"-A {builtin} -j {ours}" not in self._tool(family).rules_of(table, builtin)
-            for family in self._standing
-            for table, builtin, ours in layout.JUMPS
-        )
+        """Whether somebody else removed or added rules in our chains."""
+        try:
+            return any(self._watchers[family].noticed() for family in self._standing)
+        except (OSError, IptablesError) as error:
+            log.warning("cannot tell whether rules were changed", extra=logs.fields(error=error))
+            return True
 
     def cleanup(self) -> None:
         """Remove our chains and jumps from both back ends."""
         for backend in BACKENDS:
             self._clean_backend(backend)
         self._standing.clear()
+        for watcher in self._watchers.values():
+            watcher.close()
+        self._watchers.clear()
 
     def clean_other_backend(self) -> None:
         """Remove what an earlier run left in the back end that is not in use."""
@@ -141,7 +146,11 @@ class IptablesMode:
         if layout.uses_loopback(plan.family, plan.settings):
             sysctl.write("net/ipv4/conf/all/route_localnet", 1)
         if script:
+            self._standing.pop(plan.family, None)
             self._restore(tool, script, plan)
+        if plan.family not in self._watchers:
+            self._watchers[plan.family] = Watcher(tool)
+        self._watchers[plan.family].wrote_all(wanted)
         self._standing[plan.family] = Standing(plan, directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered), wrong
 
@@ -170,10 +179,12 @@ class IptablesMode:
             after |= {name: rules for name, rules in trees.items() if standing.trees.get(name) != rules}
         differing = {name: rules for name, rules in after.items() if before.get(name) != rules}
         gone = [name for name in before if name not in after]
-        script = layout.render("nat", differing, gone) if differing or gone else ""
+        script = "".join(layout.in_parts("nat", differing, gone, (), self._rules_at_once)) if differing or gone else ""
         rendered = time.monotonic()
         if script:
             self._restore(self._tool(change.new.family), script, change.new)
+            replaced = {name: rules for name, rules in before.items() if name in differing or name not in after}
+            self._watchers[change.new.family].wrote("nat", replaced, differing)
         self._standing[change.new.family] = Standing(change.new, standing.directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered)
 
