@@ -1,15 +1,62 @@
-"""CHECK: is everything that ADD made still there and unchanged? The first difference found is the error's message."""
+"""CHECK: is all that ADD made still there and unchanged? The first difference found is the error's message."""
 
 from __future__ import annotations
 
 import _socket
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Mapping
 
-from cni import naming, spec, wiring
+from cni import (
+    ctl,
+    delegate,
+    gateways,
+    hostport,
+    iptmasq,
+    masquerade,
+    naming,
+    netconf,
+    ruleset,
+    shaping,
+    spec,
+    spoofcheck,
+    vlan,
+    wiring,
+)  # fmt: skip
+from cni.context import Context
+from cni.ipam import verbs as ipam
 from cni.netconf import NetConf
 from cni.spec import CniError, Request
 from pynet.kernel import netlink, rtnl, sysctl
+
+
+def check(request: Request, environment: Mapping[str, str], context: Context, given: int) -> str:
+    """Compare what the attachment should have with what it has; raise `CniError` for the first difference."""
+    conf = netconf.parse(request.config, request.args, request.version)
+    with (
+        ctl.pod(request, given, needed=True) as pod_netns,
+        netlink.Socket() as host,
+        ctl.inside(pod_netns) as pod,
+    ):
+        veth, end = links(request, conf, host, pod)
+        previous(request, conf, end, host)
+        found = addresses(conf, end, pod)
+        ips = list(conf.previous.ips) if conf.previous else []
+        routes(conf, end, pod, ips)
+        _gateways(conf, host, gateways.addresses(ips))
+        if vlan.wanted(conf):
+            _refuse(vlan.difference(host, veth, conf))
+        _refuse(shaping.difference(host, veth, naming.ifb_link(request.container, request.ifname), conf.bandwidth))
+    _rules(request, conf, [(str(address.ip), str(address.network)) for address in found], veth, end)
+    if conf.ipam_type == ipam.TYPE:
+        ipam.check(request, context)
+    elif conf.ipam_type:
+        delegate.run("CHECK", request, conf.ipam_type, environment)
+    return ""
+
+
+def _refuse(message: str) -> None:
+    if message:
+        raise fail(message)
 
 
 def fail(message: str) -> CniError:
@@ -96,13 +143,13 @@ def addresses(conf: NetConf, end: rtnl.Link, pod: netlink.Socket) -> list[wiring
     return wanted
 
 
-def routes(conf: NetConf, end: rtnl.Link, pod: netlink.Socket, wanted: Callable[[spec.Route], rtnl.Route]) -> None:
+def routes(conf: NetConf, end: rtnl.Link, pod: netlink.Socket, ips: list[spec.Ip]) -> None:
     """Check the pod's routes against prevResult. Raise `CniError`."""
     if conf.previous is None or not conf.previous.routes:
         return
     present: dict[int, list[rtnl.Route]] = {}
     for route in conf.previous.routes:
-        want = wanted(route)
+        want = gateways.kernel_route(route, ips)
         family = _socket.AF_INET if len(want.dst) == 4 else _socket.AF_INET6
         if family not in present:
             present[family] = rtnl.routes(pod, family)
@@ -117,10 +164,11 @@ def _serves(found: rtnl.Route, want: rtnl.Route) -> bool:
     return same and all(not getattr(want, key) or getattr(found, key) == getattr(want, key) for key in asked)
 
 
-def gateways(conf: NetConf, host: netlink.Socket, wanted: list[wiring.IpInterface], on: str) -> None:
+def _gateways(conf: NetConf, host: netlink.Socket, wanted: list[wiring.IpInterface]) -> None:
     """Check the gateways' addresses on the bridge, and that the host forwards. Raise `CniError`."""
     if not conf.is_gateway or not wanted:
         return
+    on = vlan.gateway_name(conf) if conf.vlan else conf.bridge
     link = rtnl.link_named(host, on)
     if link is None:
         raise fail(f"gateway interface {on} is missing")
@@ -131,6 +179,40 @@ def gateways(conf: NetConf, host: netlink.Socket, wanted: list[wiring.IpInterfac
     for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
         if any(address.version == version for address in wanted) and sysctl.read(name) != "1":
             raise fail(f"the host does not forward IPv{version}: sysctl {name.replace('/', '.')} is not 1")
+
+
+def _rules(request: Request, conf: NetConf, networks: list[tuple[str, str]], veth: rtnl.Link, end: rtnl.Link) -> None:
+    """Check masquerade, host ports and spoof check. Raise `CniError`."""
+    tag = ruleset.owner(request.network, request.container, request.ifname)
+    if conf.ip_masq and conf.ip_masq_backend == "iptables":
+        missing = iptmasq.missing(networks, conf.non_masquerade, tag)
+        _refuse(f"masquerade of {missing} is missing" if missing else "")
+    wanted: list[tuple[str, str]] = []
+    chains: list[tuple[str, str, str]] = []
+    if conf.ip_masq and conf.ip_masq_backend == "nftables":
+        wanted += [(f"masquerade of {address}", masquerade.key(address)) for address, _ in networks]
+        names = [masquerade.chain_name(subnet, conf.non_masquerade) for _, subnet in networks]
+        chains += [("masquerade", ruleset.HERE, name) for name in (*names, "postrouting") if networks]
+    for forward in hostport.forwards(conf.port_mappings, networks):
+        what = f"host port {forward.protocol} {forward.host}:{forward.host_port}"
+        wanted += [(what, key) for key in hostport.keys(forward)]
+        names = ["hostports", "prerouting", "output", "postrouting", hostport.chain_name(forward.subnet)]
+        chains += [(what, ruleset.HERE, name) for name in names]
+    if conf.mac_spoof_check:
+        wanted += [("spoof check", key) for key in spoofcheck.keys(veth.name, end.mac)]
+        chains.append(("spoof check", ruleset.SPOOF, "prerouting"))
+    if not wanted:
+        return
+    elements, ruled = ruleset.snapshot()
+    present = {ruleset.plain(element.text): element.owner for element in elements}
+    for what, key in wanted:
+        if ruleset.plain(key) not in present:
+            raise fail(f"{what} is missing: no nftables element {key}")
+        if present[ruleset.plain(key)] != tag and not key.split()[2].startswith("hairpin"):
+            raise fail(f"{what} belongs to {present[ruleset.plain(key)]}: nftables element {key}")
+    for what, table, name in chains:
+        if (table, name) not in ruled:
+            raise fail(f"{what} is missing: nftables chain {table} {name} has no rules")
 
 
 def _onoff(value: bool) -> str:

@@ -1,19 +1,22 @@
-"""Our nftables table `inet pynet-cni`: its constant objects as text, and one transaction for all elements of a pod.
+"""Our nftables tables `inet pynet-cni` and `bridge pynet-cni`: constant objects, and elements a pod adds or takes away.
 
-A pod adds elements, never rules: `masquerade4`/`masquerade6` send its addresses to its network's chain, `ports4` and
-`ports6` hold its host ports. `cluster4`/`cluster6` are for pynetd: destinations that are never masqueraded.
+A pod adds elements, never rules: `masquerade4`/`masquerade6` send its addresses to its network's chain, `anyports4`,
+`ports4` … hold its host ports. `cluster4`/`cluster6` are for pynetd: destinations that are never masqueraded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from typing import NamedTuple
 
 from pynet.kernel import nftables
 
-FAMILY = "inet"
 TABLE = "pynet-cni"
-HERE = f"{FAMILY} {TABLE}"
+HERE = f"inet {TABLE}"
+SPOOF = f"bridge {TABLE}"
+HAIRPIN_MARK = "0x2000"
+"""Bit 13, the reference portmap's default: set between a host port's DNAT and its postrouting, never longer."""
 
 BASE = f"""\
 add table {HERE}
@@ -21,66 +24,134 @@ add set {HERE} cluster4 {{ type ipv4_addr; flags interval; auto-merge; }}
 add set {HERE} cluster6 {{ type ipv6_addr; flags interval; auto-merge; }}
 add map {HERE} masquerade4 {{ type ipv4_addr : verdict; }}
 add map {HERE} masquerade6 {{ type ipv6_addr : verdict; }}
+add map {HERE} ports4 {{ type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service; }}
+add map {HERE} ports6 {{ type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service; }}
+add map {HERE} anyports4 {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
+add map {HERE} anyports6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; }}
+add map {HERE} hairpin4 {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
+add map {HERE} hairpin6 {{ type ipv6_addr . inet_proto . inet_service : verdict; }}
+add chain {HERE} hostports
+add chain {HERE} prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}
+add chain {HERE} output {{ type nat hook output priority -100; policy accept; }}
 add chain {HERE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
+flush chain {HERE} hostports
+flush chain {HERE} prerouting
+flush chain {HERE} output
 flush chain {HERE} postrouting
+add rule {HERE} hostports meta mark set meta mark or {HAIRPIN_MARK}
+add rule {HERE} hostports dnat ip to meta l4proto . ip daddr . th dport map @ports4
+add rule {HERE} hostports dnat ip to meta l4proto . th dport map @anyports4
+add rule {HERE} hostports dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
+add rule {HERE} hostports dnat ip6 to meta l4proto . th dport map @anyports6
+add rule {HERE} hostports meta mark set meta mark and 0xffffdfff
+add rule {HERE} prerouting fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
+add rule {HERE} output fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
+add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip daddr . meta l4proto . th dport vmap @hairpin4
+add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip6 daddr . meta l4proto . th dport vmap @hairpin6
 add rule {HERE} postrouting ip saddr vmap @masquerade4
 add rule {HERE} postrouting ip6 saddr vmap @masquerade6
 """
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.@/\-]{1,120}\Z")
+_PLAIN = re.compile(r"(?=.{1,120}\Z)[A-Za-z0-9_.\-]+ [A-Za-z0-9_.@/\-]+\Z")
+_MISSING = "No such file or directory"
 
 
-def owner(container: str, ifname: str) -> str:
-    """Return what an element's comment says of whose it is; a hash where nftables could not hold the name."""
-    plain = f"{container}/{ifname}"
-    return plain if _PLAIN.match(plain) else hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+class Element(NamedTuple):
+    """An element that is in the kernel, and whose it is by its comment."""
+
+    table: str
+    name: str
+    key: str
+    owner: str
+
+    @property
+    def text(self) -> str:
+        """The element as `nft` names it for removal."""
+        return f"{self.table} {self.name} {{ {self.key} }}"
 
 
-def apply(chains: str, elements: list[str]) -> None:
-    """Add elements in one transaction; where the constant objects or `chains` are missing, these in the same one."""
+def owner(network: str, container: str, ifname: str) -> str:
+    """Return what an element's comment says of whose it is; a hash where nftables could not hold the names."""
+    plain = f"{network} {container}/{ifname}"
+    if _PLAIN.match(plain):
+        return plain
+    return f"{network[:40]} {hashlib.blake2b(plain.encode(errors='surrogateescape'), digest_size=16).hexdigest()}"
+
+
+def apply(base: str, elements: list[str], *, first: bool) -> None:
+    """Add elements (`table map { … }`) in one transaction; where objects are missing, `base` before, in the same one.
+
+    `first`: nobody else has elements, so they most likely are missing.
+    """
     if not elements:
         return
-    script = "".join(f"add element {HERE} {element}\n" for element in elements)
+    script = "".join(f"add element {element}\n" for element in elements)
     try:
-        nftables.apply(script)
+        nftables.apply(base + script if first else script)
     except nftables.NftError as error:
-        if "No such file or directory" not in str(error):
+        if first or _MISSING not in str(error):
             raise
-        nftables.apply(BASE + chains + script)
+        nftables.apply(base + script)
 
 
 def remove(elements: list[str], tag: str) -> None:
-    """Remove elements (`map { key }`); where some are missing, all that carry the owner's `tag`."""
+    """Remove elements (`table map { key }`); where some are missing, all that carry the owner's `tag`."""
     if not elements:
         return
     try:
-        nftables.apply("".join(f"delete element {HERE} {element}\n" for element in elements))
+        nftables.apply("".join(f"delete element {element}\n" for element in elements))
     except nftables.NftError as error:
-        if "No such file or directory" not in str(error):
+        if _MISSING not in str(error):
             raise
-        remove_owned(tag)
+        remove_owned({tag})
 
 
-def remove_owned(tag: str) -> None:
-    """Remove all elements that carry the owner's `tag`, found by listing the table."""
-    elements = [f"{name} {{ {key} }}" for name, key, found in owned() if found == tag]
-    if elements:
-        nftables.apply("".join(f"delete element {HERE} {element}\n" for element in elements))
+def remove_owned(tags: set[str]) -> None:
+    """Remove all elements that carry one of the owners' tags, found by listing the tables."""
+    gone = [element.text for element in owned() if element.owner in tags]
+    if gone:
+        nftables.apply("".join(f"delete element {text}\n" for text in gone))
 
 
-def owned() -> list[tuple[str, str, str]]:
-    """Return map, key and owner of every element in the table that has an owner."""
-    found = []
-    for entry in nftables.list_table(FAMILY, TABLE):
-        named = entry.get("map") or entry.get("set")
-        if named is None:
-            continue
-        for element in named.get("elem", ()):
-            key = element[0] if isinstance(element, list) else element
-            inner = key.get("elem") if isinstance(key, dict) else None
-            if inner and inner.get("comment"):
-                found.append((named["name"], _key(inner["val"]), inner["comment"]))
-    return found
+def owned() -> list[Element]:
+    """Return every element in our tables that has an owner."""
+    return snapshot()[0]
+
+
+def snapshot() -> tuple[list[Element], set[tuple[str, str]]]:
+    """Return the elements in our tables that have an owner, and the chains that have rules, as (table, chain)."""
+    found: list[Element] = []
+    chains: set[tuple[str, str]] = set()
+    for table in (HERE, SPOOF):
+        for entry in nftables.list_table(*table.split()):
+            if "rule" in entry:
+                chains.add((table, entry["rule"]["chain"]))
+            named = entry.get("map") or entry.get("set") or {}
+            for element in named.get("elem", ()):
+                value = element[0] if isinstance(element, list) else element
+                inner = value.get("elem") if isinstance(value, dict) else None
+                if inner and inner.get("comment"):
+                    found.append(Element(table, named["name"], _key(inner["val"]), inner["comment"]))
+    return found, chains
+
+
+def plain(text: str) -> str:
+    """Return an element as named for removal, without the quotes that `nft` needs and does not list."""
+    return text.replace('"', "")
+
+
+def remove_tables() -> None:
+    """Remove what no pod needs any more; sets that pynetd filled stay, and the table with them."""
+    cluster = any(
+        (entry.get("set") or {}).get("elem") for entry in nftables.list_table(*HERE.split()) if "set" in entry
+    )
+    script = f"add table {SPOOF}\ndelete table {SPOOF}\n"
+    if cluster:
+        chains = ("postrouting", "prerouting", "output")
+        script += "".join(f"flush chain {HERE} {chain}\ndelete chain {HERE} {chain}\n" for chain in chains)
+    else:
+        script += f"add table {HERE}\ndelete table {HERE}\n"
+    nftables.apply(script)
 
 
 def _key(value: object) -> str:

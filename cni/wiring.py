@@ -137,6 +137,7 @@ def connect(
             rtnl.add_veth(
                 host, host_name, ifname, pod_netns,
                 master=bridge.ifindex, mtu=conf.mtu, mac=conf.mac, alias=alias,
+                hairpin=conf.hairpin, isolated=conf.port_isolation,
             )  # fmt: skip
             break
         except netlink.NetlinkError as error:
@@ -153,13 +154,6 @@ def connect(
     link = rtnl.link_named(host, host_name)
     if link is None:
         raise spec.CniError(spec.FAILED, f"veth {host_name} vanished while it was set up")
-    changes = {}
-    if conf.hairpin:
-        changes["hairpin"] = True
-    if conf.port_isolation:
-        changes["isolated"] = True
-    if changes:
-        request(host, rtnl.set_link(link.ifindex, **changes), f"port {host_name} of {conf.bridge}")
     return link
 
 
@@ -246,19 +240,13 @@ def wait_until_forwarding(host: netlink.Socket, ifindex: int) -> Link:
         pause = min(pause * 2, 0.02)
 
 
-def disconnect(host: netlink.Socket, host_name: str, pod_netns: int | None, ifname: str) -> None:
-    """Delete the pod's link, found from the host's side, else from the pod's."""
-    link = rtnl.link_named(host, host_name)
-    if link is not None:
-        rtnl.delete_link(host, link.ifindex)
-        return
-    if pod_netns is None:
-        return
+def delete_in_pod(pod_netns: int, ifname: str) -> None:
+    """Delete the pod's end of a veth from inside: of an attachment that another plugin made, or under another name."""
     with netns.inside(pod_netns):
         pod = netlink.Socket()
     with pod:
         end = rtnl.link_named(pod, ifname)
-        if end is not None:
+        if end is not None and end.kind == "veth":
             rtnl.delete_link(pod, end.ifindex)
 
 

@@ -13,16 +13,17 @@ from cni.ipam import allocator, ranges
 from cni.ipam.store import Held, Owner, Store
 from pynet.kernel import netlink, netns, rtnl
 
+TYPE = ranges.TYPE
 MAIN_TYPE = "pynet-cni"
 T = TypeVar("T")
 
 
-def add(request: spec.Request, context: Context) -> spec.Result:
+def add(request: spec.Request, context: Context, pod_netns: int = -1) -> spec.Result:
     """Reserve one address of every range set; return the result without interfaces. Raise `CniError`."""
     conf = parse(request)
     dns = resolver(conf.resolv_conf)
     store = context.store(conf.data_dir, conf.network)
-    owner = _owner(request, context)
+    owner = _owner(request, context, pod_netns)
     allotments = repaired(
         request, store, lambda: store.reserve(conf, owner, conf.requested, context.now(), gone_of(context))
     )
@@ -37,6 +38,17 @@ def delete(request: spec.Request, context: Context) -> list[Held]:
     """Release what the attachment holds; return it."""
     store = _store(request, context)
     return repaired(request, store, lambda: store.release(request.container, request.ifname, context.now()))
+
+
+def held(request: spec.Request, context: Context) -> list[str]:
+    """Return the addresses that the attachment holds."""
+    return [one.address for one in _store(request, context).held(request.container, request.ifname)]
+
+
+def confirmed(request: spec.Request, context: Context) -> bool:
+    """Say whether the attachment's reservation is still written where it was; cheap while the file is the same."""
+    store = _store(request, context)
+    return store.unchanged() or bool(store.held(request.container, request.ifname))
 
 
 def check(request: spec.Request, context: Context) -> None:
@@ -136,7 +148,7 @@ def gone_of(context: Context) -> Callable[[Owner], bool]:
     def gone(owner: Owner) -> bool:
         if owner.boot and owner.boot != context.boot:
             return True
-        if not owner.netns or netns.path_identity(owner.netns) == (owner.device, owner.inode):
+        if not owner.inode or netns.path_identity(owner.netns) == (owner.device, owner.inode):
             return False
         with netlink.Socket() as host:
             return rtnl.link_named(host, naming.host_link(owner.container, owner.ifname)) is None
@@ -186,8 +198,9 @@ def _store(request: spec.Request, context: Context) -> Store:
     return context.store(data_dir, request.network)
 
 
-def _owner(request: spec.Request, context: Context) -> Owner:
-    device, inode = netns.path_identity(request.netns) or (0, 0)
+def _owner(request: spec.Request, context: Context, pod_netns: int) -> Owner:
+    identity = netns.identity(pod_netns) if pod_netns >= 0 else netns.path_identity(request.netns)
+    device, inode = identity or (0, 0)
     return Owner(request.container, request.ifname, context.boot, request.netns, device, inode, context.now())
 
 

@@ -1,0 +1,137 @@
+"""A container runtime in small: calls a CNI executable in a host namespace as containerd does, keeps its results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from support.netns import Names, Namespace, programs
+
+REFERENCE = Path("/usr/lib/cni")
+_ids = itertools.count()
+
+
+class CniFailure(Exception):
+    """An executable that exited with an error: its error object, or what it printed instead."""
+
+    def __init__(self, code: int, stdout: str, stderr: str) -> None:
+        super().__init__(f"exit {code}\n{stdout}\n{stderr}")
+        self.exit = code
+        try:
+            self.answer: dict[str, Any] = json.loads(stdout)
+        except ValueError:
+            self.answer = {}
+        self.code = self.answer.get("code")
+        self.message = str(self.answer.get("msg", ""))
+        self.details = str(self.answer.get("details", ""))
+
+
+class Runtime:
+    """Calls plugins in `host`, each Runtime with a state folder of its own."""
+
+    def __init__(self, host: Namespace, state: Path, program: Path | None = None) -> None:
+        self.host = host
+        self.state = state
+        self.program = program or programs() / "pynet-cni"
+
+    def conf(self, version: str = "1.1.0", **keys: Any) -> dict[str, Any]:
+        base = {
+            "cniVersion": version,
+            "name": "net",
+            "type": "pynet-cni",
+            "bridge": "cni0",
+            "stateDir": str(self.state),
+        }
+        return base | keys
+
+    def call(
+        self, command: str, conf: Any, container: str = "", netns: str = "", ifname: str = "eth0",
+        env: dict[str, str] | None = None, program: Path | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Run one verb; return its decoded output, {} for none. Raise `CniFailure`."""
+        stdin = conf if isinstance(conf, str) else json.dumps(conf)
+        environment = {
+            "PATH": os.environ["PATH"], "CNI_COMMAND": command, "CNI_CONTAINERID": container, "CNI_NETNS": netns,
+            "CNI_IFNAME": ifname, "CNI_PATH": f"{programs()}:{REFERENCE}",
+        } | (env or {})  # fmt: skip
+        done = subprocess.run(
+            ["nsenter", f"--net={self.host.path}", str(program or self.program)],
+            input=stdin, text=True, capture_output=True, timeout=60, check=False,
+            env={key: value for key, value in environment.items() if value},
+        )  # fmt: skip
+        if done.returncode:
+            raise CniFailure(done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+        return json.loads(done.stdout) if done.stdout.strip() else {}
+
+
+class Pod:
+    """A namespace and the attachment that a runtime makes in it."""
+
+    def __init__(self, runtime: Runtime, namespace: Namespace, container: str = "") -> None:
+        self.runtime = runtime
+        self.ns = namespace
+        self.container = container or f"pod{os.getpid()}-{next(_ids)}"
+        self.conf: dict[str, Any] = {}
+        self.result: dict[str, Any] = {}
+
+    def add(self, conf: dict[str, Any], **options: Any) -> dict[str, Any]:
+        self.conf = conf
+        self.result = self.runtime.call("ADD", conf, self.container, self.ns.path, **options)
+        return self.result
+
+    def delete(self, conf: dict[str, Any] | None = None, **options: Any) -> None:
+        given = {"netns": self.ns.path} | options
+        assert self.runtime.call("DEL", conf or self.conf, self.container, **given) == {}
+
+    def check(self, conf: dict[str, Any] | None = None) -> None:
+        with_result = (conf or self.conf) | {"prevResult": self.result}
+        assert self.runtime.call("CHECK", with_result, self.container, self.ns.path) == {}
+
+    def addresses(self, family: str = "-4") -> list[str]:
+        return addresses(self.ns, "eth0", family)
+
+    @property
+    def ip(self) -> str:
+        return str(self.result["ips"][0]["address"]).partition("/")[0]
+
+
+def addresses(namespace: Namespace, link: str, family: str = "-4") -> list[str]:
+    shown = json.loads(namespace.run("ip", "-j", family, "addr", "show", "dev", link) or "[]")
+    return [
+        f"{a['local']}/{a['prefixlen']}"
+        for entry in shown
+        for a in entry.get("addr_info", ())
+        if a["scope"] == "global"
+    ]
+
+
+def links(namespace: Namespace) -> dict[str, dict[str, Any]]:
+    return {link["ifname"]: link for link in json.loads(namespace.run("ip", "-j", "-d", "link"))}
+
+
+def residue(namespace: Namespace) -> dict[str, Any]:
+    """Return what an attachment could leave in a host: links (but for bridges' states), addresses, rules."""
+    found = {
+        name: (link.get("linkinfo", {}).get("info_kind"), link.get("ifalias"))
+        for name, link in links(namespace).items()
+    }
+    return {
+        "links": found,
+        "addresses": sorted(
+            a["local"] for entry in json.loads(namespace.run("ip", "-j", "addr")) for a in entry["addr_info"]
+            if a["scope"] == "global"
+        ),
+        "nft": namespace.run("nft", "list", "ruleset"),
+        "iptables": [line for line in namespace.run("iptables-nft-save").splitlines() if line.startswith("-A")],
+        "qdisc": namespace.run("tc", "qdisc", "show"),
+    }  # fmt: skip
+
+
+def cluster(netns: Names, state: Path) -> Runtime:
+    """Return a runtime in a host namespace of its own."""
+    return Runtime(netns("host"), state)
