@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -34,8 +34,11 @@ _SILENT_SOURCE_SECONDS = 3.0
 class Follower(Protocol):
     """Who wants to know what was written: stale flows, health checks, held ports."""
 
-    def follow(self, cluster: Cluster, changes: Sequence[PlanChange]) -> None:
-        """Take in what the kernel now has; `changes`: one a family, the first time from an empty plan."""
+    def follow(self, cluster: Cluster, changes: Sequence[PlanChange], services: Collection[str]) -> None:
+        """Take in what the kernel now has; `changes`: one a family, the first time from an empty plan.
+
+        `services`: whose objects changed, also where that changed no plan.
+        """
 
     def tick(self, now: float) -> None:
         """Do what is due; called about once a second."""
@@ -47,8 +50,8 @@ class Snapshots(Protocol):
     def load(self) -> bytes | None:
         """Return what was stored, None where nothing usable is."""
 
-    def store(self, state: Callable[[], bytes], now: float) -> None:
-        """Store a state, at times of its own choosing."""
+    def store(self, state: Callable[[], bytes], generation: int, now: float) -> None:
+        """Store a state, at times of its own choosing; `generation`: another number means another state."""
 
 
 class Health(Protocol):
@@ -107,6 +110,8 @@ class Engine:
         self._triggers: list[str] = []
         self._contests: list[Contest] = []
         self._is_announced = False
+        self._touched: set[str] = set()
+        self._generation = 0
 
     def deliver(self, batch: Batch) -> None:
         """Take a batch from a source; from any thread."""
@@ -127,16 +132,25 @@ class Engine:
         is_first = not self._is_loaded
         self._is_loaded = True
         if touched or is_node_new or is_first:
-            self._plan(self.cluster.services if is_first else touched, is_node_new or is_first)
+            names = self.cluster.services.keys() | touched if is_first or is_node_new else touched
+            self._touched |= names
+            self._plan(names, is_node_new or is_first)
         if now >= self._retry_refused_at:
             self._release_refused(now)
         if not self._is_sound or any(self._pending.values()) or self._settings_differ():
-            self._write()
+            changes = self._write()
+        else:
+            changes = [PlanChange(plan, plan, ()) for plan in self._applied.values()]
+        if self._touched or not self._is_announced or any(change.keys for change in changes):
+            for follower in self._followers:
+                follower.follow(self.cluster, changes, self._touched)
+            self._touched = set()
+            self._finish()
         self._look(self._clock())
         for follower in self._followers:
             follower.tick(self._clock())
-        if self._snapshots:
-            self._snapshots.store(self.cluster.snapshot, now)
+        if self._snapshots and not self._silent:
+            self._snapshots.store(self.cluster.snapshot, self._generation, now)
 
     def _take_in(self) -> tuple[set[str], bool]:
         with self._lock:
@@ -159,6 +173,7 @@ class Engine:
                     len(batch.upserts) + len(batch.deletes) - services
                 )
         if touched or is_node_new:
+            self._generation += 1
             self._health.queued(self._clock())
             for family in self._planners:
                 self._metrics.last_queued.labels(family.value).set(time.time())
@@ -227,7 +242,8 @@ class Engine:
             plan = Plan(family, self._planners[family].plan.settings, plan.servers)
         return plan, keys
 
-    def _write(self) -> None:
+    def _write(self) -> list[PlanChange]:
+        """Write what is wanted; return the difference to what was written before."""
         began = self._clock()
         wanted = {family: self._wanted(family) for family in self._planners}
         is_partial = self._is_sound and not self._settings_differ()
@@ -253,12 +269,14 @@ class Engine:
             self._pending[family].clear()
             self._observe(family, plan, result.written, took, is_partial)
         self._note_refused(result.refused)
-        is_first, self._is_sound = not self._is_announced, True
-        for follower in self._followers:
-            follower.follow(self.cluster, changes)
+        self._is_sound = True
+        return changes
+
+    def _finish(self) -> None:
+        """Tell that everything known is in the kernel."""
         self._health.written(self._clock())
         self._note_triggers()
-        if is_first:
+        if not self._is_announced:
             self._is_announced = True
             self._first_written()
 

@@ -121,20 +121,25 @@ class Cleaner:
         self._drains: list[Drain] = []
         self._plans: dict[Family, Plan] = {}
         self._unfinished: dict[Family, dict[Claim, Watch]] = {}
+        self._addresses: frozenset[str] = frozenset()
 
-    def follow(self, cluster: Cluster, changes: Sequence[PlanChange]) -> None:
+    def follow(self, cluster: Cluster, changes: Sequence[PlanChange], services: Collection[str]) -> None:  # noqa: ARG002
         """Remove what `changes` made stale."""
         for change in changes:
             family = change.new.family
             self._plans[family] = change.new
             self._drains += removals(change, self._clock())
             watches = self._unfinished.pop(family, {}) | udp_watches(change)
-            if watches and not self._remove(family, {"UDP"}, watches, _node_addresses(cluster)):
+            if watches:
                 self._unfinished[family] = watches
+        self._addresses = _node_addresses(cluster)
         self.tick(self._clock())
 
     def tick(self, now: float) -> None:
-        """Remove the flows whose time has come."""
+        """Remove the flows whose time has come, and those that could not be removed before."""
+        for family, waiting in list(self._unfinished.items()):
+            if self._remove(family, {"UDP"}, waiting, self._addresses):
+                del self._unfinished[family]
         due = [drain for drain in self._drains if drain.due <= now]
         if not due:
             return

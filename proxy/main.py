@@ -6,28 +6,35 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from proxy import flags
 from proxy.cluster import KINDS
 from proxy.config import ConfigError, Settings
-from proxy.engine import Engine
+from proxy.engine import Engine, Follower
 from proxy.flows import Cleaner
 from proxy.health import Health, health_routes, metrics_routes
+from proxy.holding import Holder
 from proxy.inspect import command
 from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, registry
+from proxy.node_setup import prepare
 from proxy.plan import Family
-from pynet.daemon import lifecycle, logs
+from proxy.service_health import ServiceHealth
+from proxy.snapshot import StateFile
+from pynet.daemon import lifecycle, logs, privileges
 from pynet.daemon.http import BindError, Reply, Server, serve
 from pynet.daemon.loop import BoundedRunner
+from pynet.kernel import sysctl
 from pynet.objects import Node
 from pynet.sources.flags import NoSource, events_from, source_from
 
 log = logs.get(__name__)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
+NEEDED = (privileges.NET_ADMIN, privileges.NET_RAW, privileges.NET_BIND_SERVICE)
 Routes = dict[str, Callable[[], Reply]]
 
 
@@ -50,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.cleanup:
         return cleanup(settings)
+    prepare(settings)
+    if args.init_only:
+        return 0
     try:
         source = source_from(args, KINDS, node=settings.node_name)
         events = events_from(args, "pyproxy", settings.node_name)
@@ -58,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error(str(error))
         return 2
 
+    if settings.drop_privileges and not privileges.keep_only(NEEDED):
+        log.debug("privileges stay as they are: CAP_SETPCAP is missing")
     stop = lifecycle.stop_on_signals()
     metrics = Metrics()
     families = families_of_host()
@@ -74,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         retry=_RETRY_SECONDS,
     )
 
+    cleaner = Cleaner(metrics)
+    service_health = ServiceHealth(settings.node_name, health.is_healthy, events)
+    holder = Holder(events)
+    followers: list[Follower] = [cleaner, service_health, Watchdog()]
+    if settings.hold_node_ports:
+        followers.append(holder)
+
     def first_written() -> None:
         log.info("Services are in the kernel", extra=logs.fields(mode=mode.name, services=len(engine.cluster.services)))
         lifecycle.notify("READY=1")
@@ -88,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request=runner.request,
         events=events,
         health=health,
-        followers=(Cleaner(metrics),),
+        followers=followers,
+        snapshots=StateFile(Path(settings.state_file)) if settings.state_file else None,
         first_written=first_written,
     )
     metrics.mode.labels(mode.name, settings.mode).set(1)
@@ -108,11 +128,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info("started", extra=logs.fields(mode=mode.name, node=settings.node_name, version=lifecycle.version()))
     runner.run(stop)
     lifecycle.notify("STOPPING=1")
+    service_health.close()
+    holder.close()
     for server in servers:
         if server:
             server.close()
     events.close()
     return 0
+
+
+@runtime_checkable
+class LoopbackGuard(Protocol):
+    """A mode that lets loopback addresses be routed, and guards them."""
+
+    def guards_loopback(self) -> bool:
+        """Whether its guard stands in the kernel."""
+
+
+class Watchdog:
+    """Tells the service manager that the engine still turns."""
+
+    def follow(self, cluster: object, changes: object, services: object) -> None:
+        """Nothing follows from a change."""
+
+    def tick(self, now: float) -> None:  # noqa: ARG002
+        """Say so."""
+        if lifecycle.watchdog_seconds() is not None:
+            lifecycle.notify("WATCHDOG=1")
 
 
 def serve_or_tell(settings: Settings, bind: str, routes: Routes) -> Server | None:
@@ -150,13 +192,18 @@ def remove_other_modes(settings: Settings, current: Mode) -> None:
 def cleanup(settings: Settings) -> int:
     """Remove everything of ours in every mode; return the exit code."""
     failed = 0
+    is_loopback_routed = False
     for name in registry.MODES:
         try:
-            registry.made(settings, name).cleanup()
+            mode = registry.made(settings, name)
+            is_loopback_routed = is_loopback_routed or (isinstance(mode, LoopbackGuard) and mode.guards_loopback())
+            mode.cleanup()
         except Exception as error:  # the others are cleaned all the same
             if name == settings.mode:
                 failed = 1
             log.warning("clean-up failed", extra=logs.fields(mode=name, error=error))
+    if is_loopback_routed:
+        sysctl.write("net/ipv4/conf/all/route_localnet", 0)
     return failed
 
 

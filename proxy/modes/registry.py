@@ -20,13 +20,19 @@ def _iptables(settings: Settings) -> Mode:
     )
 
 
+def _nftables(settings: Settings) -> Mode:  # noqa: ARG001
+    from proxy.modes.nftables.mode import Nftables
+
+    return Nftables()
+
+
 def _ipvs(settings: Settings) -> Mode:
     from proxy.modes.ipvs.choice import ipvs_mode
 
     return ipvs_mode(settings)
 
 
-MODES: dict[str, Factory] = {"iptables": _iptables, "ipvs": _ipvs}
+MODES: dict[str, Factory] = {"iptables": _iptables, "nftables": _nftables, "ipvs": _ipvs}
 
 
 def made(settings: Settings, name: str | None = None) -> Mode:

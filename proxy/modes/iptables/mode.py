@@ -55,11 +55,15 @@ class IptablesMode:
         self._rules_at_once = _RULES_AT_ONCE if self.backend == "nft" else None
         self._standing: dict[Family, Standing] = {}
         self._watchers: dict[Family, Watcher] = {}
+        self._is_alone = False
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
-        written = [self._converge(plan)[0] for plan in plans]
-        return _sum(written)
+        written = _sum([self._converge(plan)[0] for plan in plans])
+        if not self._is_alone:
+            self._is_alone = True
+            self._clean_other_backend()
+        return written
 
     def update(self, changes: Sequence[PlanChange]) -> Written:
         """Rewrite the chains of the servers that changed. Raise `ApplyError`."""
@@ -96,8 +100,13 @@ class IptablesMode:
             watcher.close()
         self._watchers.clear()
 
-    def clean_other_backend(self) -> None:
-        """Remove what an earlier run left in the back end that is not in use."""
+    def guards_loopback(self) -> bool:
+        """Whether the kernel holds our guard of loopback addresses, which says that route_localnet was set by us."""
+        tools = (Tool(backend, 4) for backend in BACKENDS)
+        return any("-d 127.0.0.0/8" in rule for tool in tools for rule in tool.rules_of("filter", "PYNET-INPUT"))
+
+    def _clean_other_backend(self) -> None:
+        """Remove what an earlier run left in the back end that is not in use, now that this one's rules stand."""
         for backend in BACKENDS:
             if backend != self.backend:
                 self._clean_backend(backend)
