@@ -83,6 +83,8 @@ def _listen(host: str, port: int, family: int, routes: dict[str, Callable[[], Re
         def server_bind(self) -> None:
             if self.address_family == socket.AF_INET6 and host in ("", "::"):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # else a restart must wait for the predecessor's connections to leave TIME_WAIT
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.bind(self.server_address)
             self.server_address = self.socket.getsockname()
             self.server_name, self.server_port = host, int(self.server_address[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.error
 import urllib.request
 
@@ -71,3 +72,17 @@ def test_a_port_in_use_is_named() -> None:
             Server(f"127.0.0.1:{server.address[1]}", {})
     finally:
         server.close()
+
+
+def test_a_successor_serves_on_the_port_at_once() -> None:
+    first = serve("127.0.0.1:0", {"/": lambda: Reply(200, body=b"one")})
+    assert first is not None
+    port = first.address[1]
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        while client.recv(4096):
+            pass  # the server closes first: its end stays in TIME_WAIT
+    first.close()
+    second = serve(f"127.0.0.1:{port}", {"/": lambda: Reply(200, body=b"two")})
+    assert second is not None
+    second.close()
