@@ -6,7 +6,10 @@ origin gets → `…-cluster` or `…-local` → (picks) → a pick chain → DN
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import re
+from collections.abc import Iterable
 
 import msgspec
 
@@ -14,24 +17,30 @@ from proxy.modes.nftables.names import KINDS, LOCAL_OFFSET, NODE_PORT, PROTOCOLS
 from proxy.plan import Action, Family, LocalKind, NodeSettings, Verdict
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
-_NETWORK = re.compile(r"[0-9a-fA-F:.]+(/[0-9]{1,3})?")
+MARKER = "layout-"  # begins the name of an empty set that says which declarations the table was made with
 
 
 class Layout(msgspec.Struct, gc=False):
-    """Objects of one table. `elements`: set or map → key → value (empty in a set); `sets` and `maps`: declarations."""
+    """Objects of one table. `sets`: declarations; `elements`: set or map → key → value (empty in a set).
+
+    `live`: map of remembered clients → the endpoints that may stand in it; its elements are the packets' own.
+    """
 
     sets: dict[str, str] = {}
     chains: dict[str, tuple[str, ...]] = {}
     elements: dict[str, dict[str, str]] = {}
+    live: dict[str, frozenset[str]] = {}
 
 
 def base(family: Family, settings: NodeSettings) -> Layout:
     """Return what stands in the table of `family` whatever Services there are."""
     words = WORDS[family]
     sets = _declarations(words)
+    marker = hashlib.sha256("\n".join(f"{name} {declared}" for name, declared in sets.items()).encode()).hexdigest()
+    sets[f"{MARKER}{marker[:16]}"] = f"set {{ type {words.address_type} ; }}"
     elements = {
-        "pod-networks": dict.fromkeys(map(_network, settings.detector.cidrs), ""),
-        "node-port-addresses": dict.fromkeys(map(_network, settings.node_port_addresses), ""),
+        "pod-networks": dict.fromkeys(_networks(settings.detector.cidrs), ""),
+        "node-port-addresses": dict.fromkeys(_networks(settings.node_port_addresses), ""),
     }
     chains = {
         "prerouting": (
@@ -54,7 +63,8 @@ def base(family: Family, settings: NodeSettings) -> Layout:
         chains["input"] = (
             "type filter hook input priority filter ; policy accept ;",
             # route_localnet lets packets to 127.0.0.0/8 in from outside (CVE-2020-8558): replies only.
-            f'iifname != "lo" ip daddr {words.loopback} ct state != {{ established, related }} drop',
+            f'iifname != "lo" ip daddr {words.loopback} ct state established,related accept',
+            f'iifname != "lo" ip daddr {words.loopback} drop',
         )
     for kind in KINDS:
         chains.update(_verdict_chains(words, kind, settings.masquerade_mark))
@@ -173,6 +183,16 @@ def pick_chain(words: Words, kind: Kind, which: str, protocol: str, slots: int) 
     )
 
 
+_PICK = re.compile(r"(service|node-port)-(cluster|local)-(tcp|udp|sctp)-(\d+)")
+
+
+def pick_facts(chain: str) -> tuple[Kind, str, str, int] | None:
+    """Return what `pick_chain` named a chain for: kind, list, protocol, slots; None for any other chain."""
+    if not (found := _PICK.fullmatch(chain)):
+        return None
+    return SERVICE if found[1] == "service" else NODE_PORT, found[2], found[3], int(found[4])
+
+
 def pod_match(words: Words, settings: NodeSettings) -> str:
     """Return the condition that says: from a pod. Empty: nobody counts as one."""
     detector = settings.detector
@@ -185,7 +205,11 @@ def pod_match(words: Words, settings: NodeSettings) -> str:
     return f'iifname "{detector.interface}{"*" if detector.kind is LocalKind.PREFIX else ""}"'
 
 
-def _network(text: str) -> str:
-    if not _NETWORK.fullmatch(text):
-        raise ValueError(f"{text!r}: not a network")
-    return text
+def _networks(texts: Iterable[str]) -> list[str]:
+    return [str(network) for network in collapsed(texts)]
+
+
+def collapsed(networks: Iterable[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Return the same networks without overlaps: the kernel's sets of intervals take none."""
+    parsed = [ipaddress.ip_network(network, strict=False) for network in networks]
+    return list(ipaddress.collapse_addresses(parsed))  # type: ignore[type-var]

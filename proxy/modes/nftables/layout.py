@@ -6,17 +6,16 @@ in several parts with the same content.
 
 from __future__ import annotations
 
-import ipaddress
-import re
+import hashlib
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from math import gcd
 
-from proxy.modes.nftables.base import Layout, pick_chain, policy_chain, ranged_chain, verdict_word
+from proxy.modes.nftables.base import Layout, collapsed, pick_chain, policy_chain, ranged_chain, verdict_word
 from proxy.modes.nftables.names import LOCAL_OFFSET, NODE_PORT, SERVICE, WORDS, Kind, Words, own_name
 from proxy.plan import Action, Endpoint, Family, Frontend, FrontendKind, NodeSettings, Scheduler, Verdict, VirtualServer
 
-_ADDRESS = re.compile(r"[0-9a-fA-F:.]+").fullmatch
 MAX_SLOTS = 4096
 STICKY_CLIENTS = 262144  # how many clients one Service port remembers
 
@@ -24,7 +23,7 @@ STICKY_CLIENTS = 262144  # how many clients one Service port remembers
 def part(family: Family, settings: NodeSettings, server: VirtualServer) -> Layout:
     """Return the objects of one server. Raise ValueError with the field that no rule can hold."""
     words = WORDS[family]
-    found = Layout({}, {}, {})
+    found = Layout({}, {}, {}, {})
     protocol = server.key.protocol.lower()
     lists = {"cluster": server.cluster, "local": server.local}
     used = {
@@ -84,8 +83,10 @@ def _add(found: Layout, container: str, key: str, value: str = "") -> None:
 
 
 def _checked(address: str) -> str:
-    if not _ADDRESS(address):
-        raise ValueError(f"address {address!r}: not an IP address")
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    except OSError:
+        raise ValueError(f"address {address!r}: not an IP address") from None
     return address
 
 
@@ -94,7 +95,7 @@ def _entry(words: Words, settings: NodeSettings, kind: Kind, frontend: Frontend,
     pod, node, outside = map(verdict_word, _all(frontend))
     policy, rules = policy_chain(words, settings, kind, (pod, node, outside))
     found.chains[policy] = rules
-    ranges = None if frontend.source_ranges is None else _collapsed(frontend.source_ranges)
+    ranges = None if frontend.source_ranges is None else collapsed(frontend.source_ranges)
     if ranges is None or any(network.prefixlen == 0 for network in ranges):
         return policy
     for network in ranges:
@@ -102,12 +103,6 @@ def _entry(words: Words, settings: NodeSettings, kind: Kind, frontend: Frontend,
     ranged, rules = ranged_chain(words, kind, policy)
     found.chains[ranged] = rules
     return ranged
-
-
-def _collapsed(networks: Sequence[str]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    """Return the same networks without overlaps: the kernel's sets of intervals take none."""
-    parsed = [ipaddress.ip_network(network, strict=False) for network in networks]
-    return list(ipaddress.collapse_addresses(parsed))  # type: ignore[type-var]
 
 
 def _shared_pick(
@@ -133,42 +128,49 @@ def _own_chain(words: Words, server: VirtualServer, which: str, slots: Sequence[
     in_turn = server.scheduler == Scheduler.ROUND_ROBIN.value
     if server.affinity_seconds:
         name = own_name("sticky", server.key, f"{which}-{server.affinity_seconds}")
-        found.sets[name] = (
-            f"map {{ typeof {words.ip} saddr : {words.ip} daddr . {protocol} dport ; size {STICKY_CLIENTS} ;"
-            f" flags dynamic,timeout ; timeout {server.affinity_seconds}s ; }}"
-        )
-        found.chains[name] = _sticky(words, protocol, name, slots, "inc" if in_turn else "random")
-        return name
-    if in_turn:
+        for port in dict.fromkeys(endpoint.port for endpoint in slots):
+            found.sets[f"{name}-{port}"] = (
+                f"map {{ type {words.address_type} : {words.address_type} ; size {STICKY_CLIENTS} ;"
+                f" flags dynamic,timeout ; timeout {server.affinity_seconds}s ; }}"
+            )
+            found.live[f"{name}-{port}"] = frozenset(each.address for each in slots if each.port == port)
+        rules = _sticky(words, protocol, name, slots, "inc" if in_turn else "random")
+        chain = f"{name}-{hashlib.sha256(repr(rules).encode()).hexdigest()[:8]}"
+    elif in_turn:
         name = own_name("turn", server.key, which)
         found.sets[name] = f"map {{ typeof numgen inc mod 2 : {words.ip} daddr . {protocol} dport ; }}"
         # A generator of its own: the counter of a shared chain would be common to several Services.
-        found.chains[name] = (
-            f"meta l4proto {protocol} dnat {words.ip} addr . port to numgen inc mod {len(slots)} map @{name}",
-        )
+        rules = (f"meta l4proto {protocol} dnat {words.ip} addr . port to numgen inc mod {len(slots)} map @{name}",)
+        chain = f"{name}-{len(slots)}"
         for index, endpoint in enumerate(slots):
             _add(found, name, str(index), f"{_checked(endpoint.address)} . {endpoint.port}")
-        return name
-    return ""
+    else:
+        return ""
+    found.chains[chain] = rules  # a chain never changes under its name: a new one is made, then its map's users move
+    return chain
 
 
 def _sticky(words: Words, protocol: str, name: str, slots: Sequence[Endpoint], generator: str) -> tuple[str, ...]:
     """Return the rules that send a known client where it went before, and remember a new one's endpoint.
 
-    The first rule's value is never stored but when the client expires between its match and its update.
+    A map a port, from client to endpoint address: nft 1.0.6 aborts on an update whose value is IPv6 address and port. The
+    first rules' value is never stored but when the client expires between its match and its update.
     """
     shares = Counter(slots)
-    first = next(iter(shares))
-    rules = [
-        f"{words.ip} saddr @{name} update @{name} {{ {words.ip} saddr : {_checked(first.address)} . {first.port} }}"
-        f" meta l4proto {protocol} dnat {words.ip} addr . port to {words.ip} saddr map @{name}"
-    ]
+    rules = []
+    for port in dict.fromkeys(endpoint.port for endpoint in shares):
+        known, client = f"@{name}-{port}", f"{words.ip} saddr"
+        first = next(_checked(endpoint.address) for endpoint in shares if endpoint.port == port)
+        rules.append(
+            f"{client} {known} update {known} {{ {client} : {first} }}"
+            f" meta l4proto {protocol} dnat to {client} map {known} : {port}"
+        )
     left = len(slots)
     for endpoint, share in shares.items():
         address = _checked(endpoint.address)
         some = f" numgen {generator} mod {left} < {share}" if share < left else ""
         to = f"{address}:{endpoint.port}" if words.family is Family.V4 else f"[{address}]:{endpoint.port}"
-        remember = f"update @{name} {{ {words.ip} saddr : {address} . {endpoint.port} }}"
+        remember = f"update @{name}-{endpoint.port} {{ {words.ip} saddr : {address} }}"
         rules.append(f"meta l4proto {protocol}{some} {remember} dnat to {to}")
         left -= share
     rules.append(f"meta l4proto {protocol} dnat to {to}")  # the map is full

@@ -26,6 +26,11 @@ class Change(msgspec.Struct, gc=False):
     def __bool__(self) -> bool:
         return any(getattr(self, field) for field in self.__struct_fields__)
 
+    def size(self) -> int:
+        """Return how many elements it writes and objects it removes."""
+        elements = (*self.old_elements.values(), *self.new_elements.values())
+        return sum(map(len, elements)) + len(self.old_chains) + len(self.old_sets)
+
 
 class Script(msgspec.Struct, gc=False):
     """Text for `nft -f -`, and which server a line is for, by line number from 1. `objects`: how many it writes."""
@@ -33,6 +38,12 @@ class Script(msgspec.Struct, gc=False):
     lines: list[str] = []
     owners: dict[int, ServerKey] = {}
     objects: int = 0
+
+    def extend(self, other: Script) -> None:
+        """Append another transaction's lines to this one."""
+        self.owners.update({line + len(self.lines): owner for line, owner in other.owners.items()})
+        self.lines += other.lines
+        self.objects += other.objects
 
     @property
     def text(self) -> str:
@@ -53,10 +64,15 @@ def render(changes: Iterable[tuple[str, Change]], *, fresh: bool = False) -> Scr
             _elements(script, f"delete element {table} {name}", elements)
         for name, elements in change.new_elements.items():
             _elements(script, f"add element {table} {name}", elements)
-        script.lines += [f"delete chain {table} {name}" for name in change.old_chains]
+        script.lines += [f"delete chain {table} {name}" for name in deletable(change.old_chains)]
         script.lines += [f"delete {kind_of(name)} {table} {name}" for name in change.old_sets]
         script.objects += len(change.old_chains) + len(change.old_sets)
     return script
+
+
+def deletable(chains: Iterable[str]) -> list[str]:
+    """Return chains in an order in which they can be deleted: those first that go to others."""
+    return sorted(chains, key=lambda name: (not name.startswith("ranged-"), name))
 
 
 def kind_of(own_set: str) -> str:

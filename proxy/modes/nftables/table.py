@@ -34,7 +34,7 @@ class Step(msgspec.Struct, gc=False):
     change: Change
     servers: dict[ServerKey, VirtualServer | None] = {}
     shared: Counter[Shared] = msgspec.field(default_factory=Counter)
-    stale: dict[str, set[str]] = {}  # map of remembered clients → endpoints that are still right
+    live: dict[str, frozenset[str]] = {}  # map of remembered clients that lost endpoints → those that it still has
 
 
 class Table:
@@ -59,20 +59,22 @@ class Table:
 
     def step(self, wanted: Mapping[ServerKey, VirtualServer | None]) -> Step:
         """Return what makes the servers named so; None: gone. Raise `Unrenderable`."""
-        step = Step(Change({}, {}, {}, {}, [], []), dict(wanted))
+        step = Step(Change(), dict(wanted))
         chains: dict[str, tuple[str, ...]] = {}
         for key, server in wanted.items():
             before = self.servers.get(key)
             if before == server:
                 continue
-            old = self._part(before) if before else Layout()
-            new = self._part(server) if server else Layout()
+            old = self.part(before) if before else Layout()
+            new = self.part(server) if server else Layout()
             _sets(step, old, new)
+            step.live.update(
+                {name: new.live[name] for name in old.live if name in new.live and old.live[name] - new.live[name]}
+            )
             _elements(step, key, old, new)
             for name, rules in new.chains.items():
                 step.shared["chain", name] += 1
-                if old.chains.get(name) != rules:
-                    chains[name] = rules
+                chains[name] = rules
             for name in old.chains:
                 step.shared["chain", name] -= 1
         self._settle(step, chains)
@@ -94,9 +96,10 @@ class Table:
         """Yield all parts, the constant one first."""
         yield None, self.base
         for key, server in self.servers.items():
-            yield key, self._part(server)
+            yield key, self.part(server)
 
-    def _part(self, server: VirtualServer) -> Layout:
+    def part(self, server: VirtualServer) -> Layout:
+        """Return the objects of one server. Raise `Unrenderable`."""
         try:
             return part(self.family, self.settings, server)
         except ValueError as error:
@@ -111,17 +114,12 @@ class Table:
             if where == "chain":
                 if before + count <= 0 < before:
                     change.old_chains.append(name)
-                elif before <= 0 < before + count or (before and name in chains and is_own(name)):
+                elif before <= 0 < before + count:
                     change.new_chains[name] = chains[name]
             elif before + count <= 0 < before:
                 change.old_elements.setdefault(where, []).append((None, name))
             elif before <= 0 < before + count:
                 change.new_elements.setdefault(where, []).append((None, name))
-
-
-def is_own(chain: str) -> bool:
-    """Whether a chain belongs to one server, and its rules may change under its name."""
-    return chain.startswith(("sticky-", "turn-"))
 
 
 def _sets(step: Step, old: Layout, new: Layout) -> None:
