@@ -15,6 +15,7 @@ BENCHMARKS = {
     "churn.py": ["--services", "200", "--seconds", "3"],
     "cni_latency.py": ["--quick"],
     "routes.py": ["--quick"],
+    "apiserver.py": ["--quick"],
 }
 
 
