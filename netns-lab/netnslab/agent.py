@@ -167,7 +167,7 @@ def ask_once(proto: str, address: str, port: int, timeout: float, source_port: i
 
 
 def ask(request: Message) -> Message:
-    """Ask a port `count` times, one after the other; stop early when the first ones only time out."""
+    """Ask a port `count` times, one after the other; stop early when three of them got no answer."""
     results = []
     for _ in range(request.get("count", 1)):
         results.append(
@@ -179,7 +179,7 @@ def ask(request: Message) -> Message:
                 request.get("source_port", 0),
             )
         )
-        if len(results) == 3 and all(result[0] == "timeout" for result in results):
+        if sum(result[0] == "timeout" for result in results) == 3:
             break
     return {"results": results}
 
@@ -195,7 +195,7 @@ def http(request: Message) -> Message:
                 data += chunk
     except OSError as error:
         return {"status": 0, "body": str(error)}
-    head, _, body = data.partition(b"\r\n\r\n")
+    head, _, body = data.partition(b"\r\n\r\n" if b"\r\n\r\n" in data else b"\n\n")  # a CGI program may write \n only
     try:
         status = int(head.split(None, 2)[1])
     except (IndexError, ValueError):
@@ -211,7 +211,7 @@ class Flow(threading.Thread):
         self.client = open_to(request["proto"], request["address"], request["port"], request.get("timeout", 2.0))
         self.interval = request.get("interval", 0.02)
         self.reliable = request["proto"] == "tcp"
-        self.client.settimeout(self.interval if not self.reliable else 10.0)
+        self.client.settimeout(10.0 if self.reliable else 1.0)  # a datagram later than that counts as lost
         self.done = threading.Event()
         self.sent = self.lost = 0
         self.longest = 0.0

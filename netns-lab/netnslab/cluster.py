@@ -73,7 +73,7 @@ class Lab:
         if name in ("client", "underlay"):
             return self.folder.netns(name)
         for node in self.spec.nodes:
-            if name == node.name:
+            if name in (node.name, str(node.index)):
                 return node.netns
         for pod in self.pods():
             if name == pod.key:

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     command(group, "heal", "plug a node's cable in again").add_argument("node", metavar="NAME")
     one = command(group, "restart", "start a node's daemons again")
     one.add_argument("node", metavar="NAME")
-    one.add_argument("program", nargs="?", choices=daemons.PROGRAMS, default="")
+    one.add_argument("program", nargs="?", default="", metavar="pynetd|pyproxy", help="default: both")
     one.add_argument("--kill", action="store_true", help="end them with KILL, as a crash does")
 
     for verb, about in (("apply", "make objects of manifests"), ("delete", "remove the objects of manifests")):

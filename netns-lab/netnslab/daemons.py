@@ -81,9 +81,10 @@ def pid_of(folder: Folder, node: NodeRecord, program: str) -> int:
     except (FileNotFoundError, ValueError):
         return 0
     try:
-        mine = program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return 0
+    mine = not line or program.encode() in line  # empty for an instant while a program takes the place of another
     return pid if mine and machine.alive(pid) else 0
 
 

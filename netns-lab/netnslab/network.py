@@ -6,6 +6,8 @@ namespace never sees one.
 
 from __future__ import annotations
 
+import ipaddress
+
 from . import machine
 from . import topology as plan
 from .state import Folder, NodeRecord, Spec
@@ -42,25 +44,30 @@ def build_underlay(folder: Folder, topology: plan.Topology, ipv6: bool) -> None:
 def attach(
     folder: Folder, topology: plan.Topology, netns: str, subnet: str, port: str, addresses: dict[str, str]
 ) -> None:
-    """Make a namespace and join it to a switch: link, addresses, a default route to the router."""
+    """Make a namespace and join it to a switch: link, addresses, a default route to the router.
+
+    The link's hardware address comes from the IPv4 address: a machine that comes back is known to its neighbours.
+    """
+    mac = "02:00:" + ":".join(f"{part:02x}" for part in ipaddress.IPv4Address(addresses["IPv4"]).packed)
     machine.add_namespace(folder.name, netns)
     machine.sysctl(folder.name, netns, QUIET)
     machine.batch(
         folder.name,
         folder.netns("underlay"),
         [
-            f"link add {port} type veth peer name {UPLINK} netns {netns}",
+            f"link add {port} type veth peer name {UPLINK} address {mac} netns {netns}",
             f"link set {port} master {switch(subnet)} up",
         ],
     )
-    machine.batch(folder.name, netns, [f"link set {UPLINK} up", *_addressing(topology, subnet, addresses)])
+    machine.batch(folder.name, netns, _addressing(topology, subnet, addresses))
 
 
 def _addressing(topology: plan.Topology, subnet: str, addresses: dict[str, str]) -> list[str]:
-    lines = []
     networks = topology.subnets[subnet]
+    lines = [f"address flush dev {UPLINK} scope global"]
     for family, address in addresses.items():
         lines.append(f"address add {address}/{plan.prefix_length(networks[family])} dev {UPLINK}")
+    lines.append(f"link set {UPLINK} up")
     for family, gateway in plan.gateways(topology, subnet, "IPv6" in addresses).items():
         if family in addresses:
             lines.append(f"route replace default via {gateway} dev {UPLINK}")
@@ -80,8 +87,7 @@ def attach_node(folder: Folder, topology: plan.Topology, node: NodeRecord) -> No
 
 def readdress(folder: Folder, topology: plan.Topology, node: NodeRecord, addresses: dict[str, str]) -> None:
     """Give a node other underlay addresses."""
-    lines = [f"address flush dev {UPLINK} scope global", *_addressing(topology, node.subnet, addresses)]
-    machine.batch(folder.name, node.netns, lines)
+    machine.batch(folder.name, node.netns, _addressing(topology, node.subnet, addresses))
 
 
 def connect(folder: Folder, node: NodeRecord, up: bool) -> None:

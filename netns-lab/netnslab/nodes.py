@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 
 import msgspec
 
-from . import agents, controller, daemons, lifecycle, machine, network, pods
+from . import agents, controller, daemons, lifecycle, machine, network, pods, runtime
 from . import topology as plan
 from .cluster import Lab, free_index, node_record
 from .state import THING, LabError, NodeRecord
@@ -90,6 +92,13 @@ def recidr(lab: Lab, name: str, index: int) -> NodeRecord:
     changed = msgspec.structs.replace(node, pod_cidrs=plan.pod_cidrs(lab.topology, index, lab.spec.ipv6))
     _replace(lab, node, changed)
     lab.put_node(changed)
+    place = lab.folder.node(node.netns) / "cni"
+    deadline = time.monotonic() + 10
+    while changed.pod_cidrs[0] not in json.dumps(runtime.load_conflist(place)):
+        if time.monotonic() > deadline:
+            log = daemons.tail(daemons.log_path(lab.folder, changed, "pynetd"))
+            raise LabError(f"pynetd of {node.name} does not write a network for {changed.pod_cidrs[0]}", log=log)
+        time.sleep(0.02)
     return changed
 
 

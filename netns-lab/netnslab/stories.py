@@ -42,6 +42,7 @@ class FlowEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     flow_end: str
     path: str
     lost: int = 0
+    broken: bool = False
     longest: float = 0.0  # seconds without an answer that are allowed; 0: not looked at
 
 

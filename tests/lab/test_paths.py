@@ -67,7 +67,10 @@ BOTH = Wanted("ok", {"one": "10.0.0.1", "two": "10.0.0.1"})
         (Wanted("refused", {}), answers("", outcome="refused"), ""),
         (Wanted("refused", {}), answers("", outcome="refused", milliseconds=900.0), "refused only after 900 ms"),
         (Wanted("refused", {}), answers("one"), "expected refused, got ok"),
-        (Wanted("timeout", {}), answers("", outcome="timeout"), ""),
+        (Wanted("lost", {}), [*answers("", outcome="timeout"), *answers("", outcome="unreachable")], ""),
+        (Wanted("lost", {}), answers("", outcome="refused"), "expected lost, got refused"),
+        (Wanted("unreachable", {}), answers("", outcome="unreachable"), ""),
+        (Wanted("unreachable", {}), answers("", outcome="timeout"), "expected unreachable, got timeout"),
         (Wanted("ok", {"one": None, "two": None}, one=True), answers("two", "two"), ""),
         (Wanted("ok", {"one": None, "two": None}, one=True), answers("one", "two"), "expected one and the same"),
         (Wanted("ok", {"one": None, "two": None}, even=True), answers(*["one"] * 300, *["two"] * 300), ""),
@@ -85,6 +88,7 @@ def test_what_is_wrong(wanted, came, wrong):
 def test_words_for_the_table():
     assert describe_wanted(BOTH) == "one, two sees 10.0.0.1"
     assert describe_wanted(Wanted("refused", {})) == "refused at once"
+    assert describe_wanted(Wanted("lost", {})) == "no answer"
     assert describe_seen(seen(answers("one", "two", "one"))) == "one ×2, two saw 10.0.0.1"
     assert describe_seen(seen(answers("", outcome="refused", milliseconds=2.0))) == "refused (2 ms)"
 
