@@ -1,0 +1,310 @@
+"""Who we are to an API server: every way to say it, and that it is noticed when it changes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from apiserver import Server
+from apiserver.server import Tls
+from pynet.sources.credentials import BadCredentials, Credentials
+from pynet.sources.transport import Refused, Transport, Unreachable
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two authorities, a server's certificate for another name than its address, and a client's."""
+    place = tmp_path_factory.mktemp("keys")
+
+    def run(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=place, check=True, capture_output=True)
+
+    for name in ("authority", "stranger"):
+        run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+            "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt",
+            "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+    for name, alternative in (("server", "DNS:api.example"), ("client", "DNS:client"), ("local", "IP:127.0.0.1")):
+        (place / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")
+        run("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+            "-keyout", f"{name}.key", "-out", f"{name}.csr")  # fmt: skip
+        run("x509", "-req", "-in", f"{name}.csr", "-CA", "authority.crt", "-CAkey", "authority.key", "-days", "2",
+            "-extfile", f"{name}.ext", "-out", f"{name}.crt")  # fmt: skip
+    return place
+
+
+@pytest.fixture
+def secure(keys: Path) -> Iterator[Server]:
+    tls = Tls(keys / "local.crt", keys / "local.key", keys / "authority.crt")
+    with Server(tls=tls, tokens={"good"}) as running:
+        yield running
+
+
+def kubeconfig(folder: Path, server: Server, user: dict[str, Any], **cluster: Any) -> Path:
+    path = folder / "kubeconfig"
+    path.write_text(server.kubeconfig(user=user or {"username": ""}, cluster=cluster))
+    return path
+
+
+def ask(path: Path | None = None, master: str | None = None, environ: dict[str, str] | None = None) -> None:
+    Transport(Credentials(path, master, environ)).get("/api/v1/nodes", {})
+
+
+def test_a_token_over_tls(tmp_path: Path, secure: Server, keys: Path) -> None:
+    ask(kubeconfig(tmp_path, secure, {"token": "good"}, **{"certificate-authority": str(keys / "authority.crt")}))
+
+
+def test_data_in_the_file_and_files_beside_it(tmp_path: Path, secure: Server, keys: Path) -> None:
+    def data(name: str) -> str:
+        return base64.b64encode((keys / name).read_bytes()).decode()
+
+    user = {"client-certificate-data": data("client.crt"), "client-key-data": data("client.key")}
+    ask(kubeconfig(tmp_path, secure, user, **{"certificate-authority-data": data("authority.crt")}))
+    for name in ("authority.crt", "client.crt", "client.key"):
+        (tmp_path / name).write_bytes((keys / name).read_bytes())
+    user = {"client-certificate": "client.crt", "client-key": "client.key"}
+    ask(kubeconfig(tmp_path, secure, user, **{"certificate-authority": "authority.crt"}))
+
+
+def test_a_server_of_an_unknown_authority_is_refused(tmp_path: Path, secure: Server, keys: Path) -> None:
+    path = kubeconfig(tmp_path, secure, {"token": "good"}, **{"certificate-authority": str(keys / "stranger.crt")})
+    with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+        ask(path)
+    ask(kubeconfig(tmp_path, secure, {"token": "good"}, **{"insecure-skip-tls-verify": True}))
+
+
+def test_the_servers_name_may_be_another_than_its_address(tmp_path: Path, keys: Path) -> None:
+    with Server(tls=Tls(keys / "server.crt", keys / "server.key")) as server:
+        authority = {"certificate-authority": str(keys / "authority.crt")}
+        with pytest.raises(Unreachable, match="match"):
+            ask(kubeconfig(tmp_path, server, {}, **authority))
+        ask(kubeconfig(tmp_path, server, {}, **authority, **{"tls-server-name": "api.example"}))
+
+
+@pytest.mark.parametrize("way", ["rewritten", "renamed into place", "behind a turned link"])
+def test_a_rotated_token_file_is_read_anew(tmp_path: Path, way: str) -> None:
+    with Server(tokens={"first"}) as server:
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "token").write_text(f"{name}\n")
+        (tmp_path / "now").symlink_to("first")
+        (tmp_path / "token").symlink_to("now/token")
+        user = {"tokenFile": "token", "token": "stale"}
+        transport = Transport(Credentials(kubeconfig(tmp_path, server, user)))
+        transport.get("/api/v1/nodes", {})
+        server.tokens = {"second"}
+        if way == "rewritten":
+            (tmp_path / "first" / "token").write_text("second")
+        elif way == "renamed into place":
+            (tmp_path / "second" / "token").rename(tmp_path / "first" / "token")
+        else:
+            (tmp_path / "next").symlink_to("second")
+            (tmp_path / "next").rename(tmp_path / "now")
+        transport.get("/api/v1/nodes", {})
+
+
+PLUGIN = """#!/bin/sh
+echo run >> {log}
+cat {answer}
+"""
+
+
+def plugin(folder: Path, status: dict[str, Any]) -> dict[str, Any]:
+    """Return a user whose credentials a program gives; what it says can be rewritten."""
+    answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}
+    (folder / "answer").write_text(json.dumps(answer))
+    program = folder / "plugin"
+    program.write_text(PLUGIN.format(log=folder / "log", answer=folder / "answer"))
+    program.chmod(0o755)
+    api = "client.authentication.k8s.io/v1"
+    return {"exec": {"apiVersion": api, "command": str(program), "interactiveMode": "Never"}}
+
+
+def runs(folder: Path) -> int:
+    return len((folder / "log").read_text().splitlines())
+
+
+def test_a_plugins_token_is_kept_until_it_ends(tmp_path: Path) -> None:
+    with Server(tokens={"one", "two"}) as server:
+        later = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        soon = (datetime.now(UTC) + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        path = kubeconfig(tmp_path, server, plugin(tmp_path, {"token": "one", "expirationTimestamp": later}))
+        transport = Transport(Credentials(path))
+        transport.get("/api/v1/nodes", {})
+        transport.get("/api/v1/nodes", {})
+        assert runs(tmp_path) == 1
+        path = kubeconfig(tmp_path, server, plugin(tmp_path, {"token": "two", "expirationTimestamp": soon}))
+        transport = Transport(Credentials(path))
+        transport.get("/api/v1/nodes", {})
+        transport.get("/api/v1/nodes", {})
+        assert runs(tmp_path) == 3
+
+
+def test_a_refused_token_is_asked_for_anew(tmp_path: Path) -> None:
+    with Server(tokens={"one"}) as server:
+        path = kubeconfig(tmp_path, server, plugin(tmp_path, {"token": "one"}))
+        transport = Transport(Credentials(path))
+        transport.get("/api/v1/nodes", {})
+        server.tokens = {"two"}
+        plugin(tmp_path, {"token": "two"})
+        with pytest.raises(Refused, match="401"):
+            transport.get("/api/v1/nodes", {})
+        transport.get("/api/v1/nodes", {})
+        assert runs(tmp_path) == 2
+
+
+def test_a_plugins_certificate(tmp_path: Path, secure: Server, keys: Path) -> None:
+    status = {
+        "clientCertificateData": (keys / "client.crt").read_text(),
+        "clientKeyData": (keys / "client.key").read_text(),
+    }
+    authority = {"certificate-authority": str(keys / "authority.crt")}
+    ask(kubeconfig(tmp_path, secure, plugin(tmp_path, status), **authority))
+
+
+def test_a_plugin_that_fails_is_named(tmp_path: Path) -> None:
+    with Server() as server:
+        user = plugin(tmp_path, {})
+        (tmp_path / "answer").write_text("no")
+        with pytest.raises(BadCredentials, match="gave no credentials"):
+            Credentials(kubeconfig(tmp_path, server, user)).login()
+
+
+def test_in_a_pod_the_service_account_is_used(
+    tmp_path: Path, secure: Server, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("good\n")
+    base = "kubernetes.config.incluster_config"
+    monkeypatch.setattr(f"{base}.SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(f"{base}.SERVICE_CERT_FILENAME", str(keys / "authority.crt"))
+    environ = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(secure.port)}
+    ask(environ=environ)
+
+
+def test_the_masters_address_wins(tmp_path: Path) -> None:
+    with Server() as server:
+        path = kubeconfig(tmp_path, server, {}, server="https://nowhere.example:1")
+        ask(path, server.url)
+        ask(master=server.url)
+        ask(master=server.url.removeprefix("http://"))
+
+
+class Proxy:
+    """A proxy that counts who came through it (CONNECT, and plain requests by their whole address)."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += client.recv(4096)
+        method, target, _ = head.split(b" ", 2)
+        self.seen.append(f"{method.decode()} {target.decode()}")
+        host, _, port = target.removeprefix(b"http://").partition(b"/")[0].decode().partition(":")
+        with client, socket.create_connection((host, int(port))) as server:
+            if method == b"CONNECT":
+                client.sendall(b"HTTP/1.1 200 ok\r\n\r\n")
+            else:
+                server.sendall(head)
+            pump = threading.Thread(target=self._pump, args=(client, server), daemon=True)
+            pump.start()
+            self._pump(server, client)
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    made = Proxy()
+    yield made
+    made.close()
+
+
+def test_a_proxy_named_by_the_kubeconfig(tmp_path: Path, secure: Server, keys: Path, proxy: Proxy) -> None:
+    authority = {"certificate-authority": str(keys / "authority.crt"), "proxy-url": proxy.url}
+    ask(kubeconfig(tmp_path, secure, {"token": "good"}, **authority))
+    assert proxy.seen == [f"CONNECT 127.0.0.1:{secure.port}"]
+
+
+def test_a_proxy_named_by_the_environment(
+    tmp_path: Path, secure: Server, keys: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    path = kubeconfig(tmp_path, secure, {"token": "good"}, **{"certificate-authority": str(keys / "authority.crt")})
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    ask(path)
+    assert len(proxy.seen) == 1
+    monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
+    ask(path)
+    assert len(proxy.seen) == 1
+
+
+BROKEN = {
+    "not YAML": ("{", "kubeconfig"),
+    "not a kubeconfig": ("- a\n", "expected a kubeconfig"),
+    "no context": ("clusters: []\n", "current-context"),
+    "an unknown context": ("current-context: x\n", "contexts: none is named 'x'"),
+    "an unknown user": (
+        yaml.safe_dump(
+            {
+                "current-context": "x",
+                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+                "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+            }
+        ),
+        "users: none is named 'u'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_kubeconfig_is_named_with_its_field(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(text)
+    with pytest.raises(BadCredentials, match=says) as caught:
+        Credentials(path).login()
+    assert str(path) in str(caught.value)
+    with pytest.raises(Unreachable):
+        ask(path)
+
+
+def test_a_kubeconfig_that_is_repaired_is_used(tmp_path: Path) -> None:
+    with Server() as server:
+        path = tmp_path / "kubeconfig"
+        path.write_text("{")
+        transport = Transport(Credentials(path))
+        with pytest.raises(Unreachable):
+            transport.get("/api/v1/nodes", {})
+        kubeconfig(tmp_path, server, {})
+        transport.get("/api/v1/nodes", {})
