@@ -50,9 +50,9 @@ def secure(keys: Path) -> Iterator[Server]:
         yield running
 
 
-def kubeconfig(folder: Path, server: Server, user: dict[str, Any], **cluster: Any) -> Path:
+def kubeconfig(folder: Path, running: Server, user: dict[str, Any], **cluster: Any) -> Path:
     path = folder / "kubeconfig"
-    path.write_text(server.kubeconfig(user=user or {"username": ""}, cluster=cluster))
+    path.write_text(running.kubeconfig(user=user or {"username": ""}, cluster=cluster))
     return path
 
 
