@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import msgspec
 
 from proxy.modes.nftables.names import KINDS, LOCAL_OFFSET, NODE_PORT, PROTOCOLS, SERVICE, WORDS, Kind, Words
-from proxy.plan import Action, Family, LocalKind, NodeSettings, Verdict
+from proxy.plan import Action, Family, LocalKind, NodeSettings, Verdict, inside
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
 MARKER = "layout-"  # begins the name of an empty set that says which declarations the table was made with
@@ -59,7 +59,7 @@ def base(family: Family, settings: NodeSettings) -> Layout:
         "local-policy": (_count(words, "local-policy"), "drop"),
         "source-range": (_count(words, "source-range"), "drop"),
     }
-    if family is Family.V4:
+    if uses_loopback(family, settings):
         chains["input"] = (
             "type filter hook input priority filter ; policy accept ;",
             # route_localnet lets packets to 127.0.0.0/8 in from outside (CVE-2020-8558): replies only.
@@ -69,6 +69,13 @@ def base(family: Family, settings: NodeSettings) -> Layout:
     for kind in KINDS:
         chains.update(_verdict_chains(words, kind, settings.masquerade_mark))
     return Layout(sets, chains, {name: wanted for name, wanted in elements.items() if wanted})
+
+
+def uses_loopback(family: Family, settings: NodeSettings) -> bool:
+    """Whether node ports answer on loopback addresses."""
+    if family is Family.V6 or not settings.localhost_node_ports:
+        return False
+    return not settings.node_port_addresses or inside("127.0.0.1", settings.node_port_addresses)
 
 
 def _declarations(words: Words) -> dict[str, str]:
@@ -100,12 +107,11 @@ def _declarations(words: Words) -> dict[str, str]:
 
 
 def _services(words: Words, settings: NodeSettings) -> tuple[str, ...]:
-    loopback_serves = settings.localhost_node_ports and words.family is Family.V4
     among = f"{words.ip} daddr @node-port-addresses " if settings.node_port_addresses else ""
     return (
         f"{SERVICE.key_expression(words)} vmap @{SERVICE.frontends}",
         f"{words.ip} daddr @cluster-ips goto unknown-port",
-        *(() if loopback_serves else (f"{words.ip} daddr {words.loopback} return",)),
+        *(() if uses_loopback(words.family, settings) else (f"{words.ip} daddr {words.loopback} return",)),
         f"{among}fib daddr type local {NODE_PORT.key_expression(words)} vmap @{NODE_PORT.frontends}",
     )
 

@@ -46,7 +46,7 @@ def part(family: Family, settings: NodeSettings, server: VirtualServer) -> Layou
                 continue
             chain = own[which] or _shared_pick(words, kind, frontend, protocol, which, slots, found)
             _add(found, f"{kind.prefix}-{which}-picks", key, f"goto {chain}")
-    for endpoint in {*used.get("cluster", ()), *used.get("local", ())}:
+    for endpoint in dict.fromkeys((*used.get("cluster", ()), *used.get("local", ()))):
         if endpoint.local:
             _add(found, "hairpin", f"{_checked(endpoint.address)} . {endpoint.address}")
     return found
@@ -153,8 +153,8 @@ def _own_chain(words: Words, server: VirtualServer, which: str, slots: Sequence[
 def _sticky(words: Words, protocol: str, name: str, slots: Sequence[Endpoint], generator: str) -> tuple[str, ...]:
     """Return the rules that send a known client where it went before, and remember a new one's endpoint.
 
-    A map a port, from client to endpoint address: nft 1.0.6 aborts on an update whose value is IPv6 address and port. The
-    first rules' value is never stored but when the client expires between its match and its update.
+    A map a port, from client to endpoint address: nft 1.0.6 aborts on an update whose value is IPv6 address and port.
+    The first rules' value is never stored but when the client expires between its match and its update.
     """
     shares = Counter(slots)
     rules = []

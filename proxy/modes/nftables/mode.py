@@ -7,11 +7,13 @@ what the kernel holds is `Table`s: a change never reads the kernel.
 from __future__ import annotations
 
 import errno
+import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 from proxy.modes import ApplyError, Drift, Written
-from proxy.modes.nftables.base import pick_facts
+from proxy.modes.nftables.base import pick_facts, uses_loopback
 from proxy.modes.nftables.compare import Comparison, Observed, compare, is_packets_own
 from proxy.modes.nftables.names import TABLE, WORDS, Words
 from proxy.modes.nftables.picks import pick_rule
@@ -33,15 +35,20 @@ from pynet.kernel.nfnetlink import (
     new_chain,
 )
 
+# Concatenations with intervals in maps, and `dnat` to address and port of a map: as kube-proxy asks for (KEP-3866).
+_OLDEST_KERNEL = (5, 13)
+_OLDEST_NFT = (1, 0, 1)
 _MOST_ELEMENTS = 20_000  # of one batch; more goes through `nft`
 
 
 class Nftables:
-    """The mode, in the network namespace of its first use."""
+    """The mode, in the network namespace of its first use. Raise `ApplyError` where this host cannot have it."""
 
     name = "nftables"
 
     def __init__(self) -> None:
+        if why := unsupported(platform.release(), _nft_version()):
+            raise ApplyError(f"nftables mode: {why}")
         self._tables: dict[Family, Table] = {}
         self._rules: dict[Family, dict[str, tuple[bytes, ...]]] = {}  # as the kernel showed them after our writing
         self._socket: Nfnetlink | None = None
@@ -151,6 +158,10 @@ class Nftables:
                     found.setdefault(reason, {})[family, key] = element.packets
         return found
 
+    def guards_loopback(self) -> bool:
+        """Whether the kernel holds our guard of loopback addresses, which says that route_localnet was set by us."""
+        return "input" in self._kernel().chains("ip", TABLE)
+
     def cleanup(self) -> None:
         """Remove our tables, in both families."""
         script = Script()
@@ -257,8 +268,29 @@ class Nftables:
 
     def _allow_localhost(self, plans: Sequence[Plan]) -> None:
         """Let replies to node ports on 127.0.0.1 come back in; the guard in chain `input` stands already."""
-        if any(plan.family is Family.V4 and plan.settings.localhost_node_ports for plan in plans):
-            sysctl.write("net/ipv4/conf/all/route_localnet", "1")
+        if any(uses_loopback(plan.family, plan.settings) for plan in plans):
+            sysctl.write("net/ipv4/conf/all/route_localnet", 1)
+
+
+def unsupported(kernel: str, nft: tuple[int, ...]) -> str:
+    """Return what is too old for this mode and what to do, empty if nothing is."""
+    found = re.match(r"(\d+)\.(\d+)", kernel)
+    if found and (int(found[1]), int(found[2])) < _OLDEST_KERNEL:
+        return f"needs Linux {_dotted(_OLDEST_KERNEL)} or newer, this is {kernel}: use --proxy-mode=iptables"
+    if nft < _OLDEST_NFT:
+        return f"needs nft {_dotted(_OLDEST_NFT)} or newer, this is {_dotted(nft)}: use --proxy-mode=iptables"
+    return ""
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _nft_version() -> tuple[int, ...]:
+    try:
+        return nftables.version()
+    except nftables.NftError as error:
+        raise ApplyError(f"nftables mode: {error}", transient=True) from error
 
 
 def _some(key: ServerKey | None) -> tuple[ServerKey, ...]:
