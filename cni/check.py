@@ -38,6 +38,7 @@ def check(request: Request, environment: Mapping[str, str], context: Context, gi
         ctl.inside(pod_netns) as pod,
     ):
         veth, end = links(request, conf, host, pod)
+        _refuse(shaping.difference(host, veth, naming.ifb_link(request.container, request.ifname), conf.bandwidth))
         previous(request, conf, end, host)
         found = addresses(conf, end, pod)
         ips = list(conf.previous.ips) if conf.previous else []
@@ -45,7 +46,6 @@ def check(request: Request, environment: Mapping[str, str], context: Context, gi
         _gateways(conf, host, gateways.addresses(ips))
         if vlan.wanted(conf):
             _refuse(vlan.difference(host, veth, conf))
-        _refuse(shaping.difference(host, veth, naming.ifb_link(request.container, request.ifname), conf.bandwidth))
     _rules(request, conf, [(str(address.ip), str(address.network)) for address in found], veth, end)
     if conf.ipam_type == ipam.TYPE:
         ipam.check(request, context)
@@ -89,8 +89,8 @@ def links(request: Request, conf: NetConf, host: netlink.Socket, pod: netlink.So
             raise fail(f"{where} {link.name} is down")
     if veth.master != bridge.ifindex:
         raise fail(f"host veth {name} is not attached to its master, bridge {conf.bridge}")
-    if veth.hairpin != conf.hairpin:
-        raise fail(f"hairpin mode of host veth {name} is {_onoff(veth.hairpin)}, expected {_onoff(conf.hairpin)}")
+    if veth.hairpin != conf.port_hairpin:
+        raise fail(f"hairpin mode of host veth {name} is {_onoff(veth.hairpin)}, expected {_onoff(conf.port_hairpin)}")
     if veth.isolated != conf.port_isolation:
         raise fail(f"isolation of host veth {name} is {_onoff(veth.isolated)}, expected {_onoff(conf.port_isolation)}")
     if conf.mtu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from cni.deletion import SharedDeletion
 from cni.ipam.store import Store
 from cni.journal import Journal
 from pynet.kernel import netlink, rtnl
@@ -47,7 +48,7 @@ class Context:
         return time.time()
 
     def delete_link(self, host: netlink.Socket, ifindex: int) -> None:
-        """Delete a link of the host; the agent's context lets deletions at the same time share one wait."""
+        """Delete a link of the host."""
         rtnl.delete_link(host, ifindex)
 
     def close(self) -> None:
@@ -59,3 +60,16 @@ class Context:
                 journal.close()
             self._stores.clear()
             self._journals.clear()
+
+
+class AgentContext(Context):
+    """The agent's: deletions of links at about the same time share the kernel's wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deletion = SharedDeletion()
+
+    def delete_link(self, host: netlink.Socket, ifindex: int) -> None:
+        """Delete a link of the host."""
+        del host
+        self._deletion.delete(ifindex)

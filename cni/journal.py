@@ -122,6 +122,15 @@ class Journal:
 
         self._do(work)
 
+    def when_unused(self, last: Callable[[], None]) -> None:
+        """Call `last` if no record has elements; nobody can write one meanwhile."""
+
+        def work(db: sqlite3.Connection) -> None:
+            if not db.execute("SELECT 1 FROM attachments WHERE rules = 1 LIMIT 1").fetchone():
+                last()
+
+        self._do(work)
+
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` in a transaction; a damaged file is begun anew: links and elements tell their owners."""
         try:

@@ -67,6 +67,14 @@ class NetConf(NamedTuple):
     state_dir: str = STATE_DIR
     previous: spec.Result | None = None
 
+    @property
+    def port_hairpin(self) -> bool:
+        """Whether the pod's bridge port sends back to where a frame came from.
+
+        Host ports need it too: with br_netfilter a pod's packet to its own host port is translated inside the bridge.
+        """
+        return self.hairpin or bool(self.port_mappings and not self.promisc)
+
 
 def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str) -> NetConf:
     """Return the configuration, all of it checked. Raise `CniError` naming the field."""

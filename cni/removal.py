@@ -61,7 +61,7 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
         step("del-start")
         addresses = _addresses(request, record, context, failures)
         bridge = record.bridge if record else str(request.config.get("bridge") or "cni0")
-        clear(who, record, addresses, bridge, host, context, failures, pod)
+        clear(who, record, addresses, bridge, host, book, context, failures, pod)
         failures.attempt("IPAM", lambda: _release(request, environment, context))
         step("del-ipam")
         finish(record, book, host, failures)
@@ -71,7 +71,7 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
 
 def clear(
     who: Attachment, record: journal.Record | None, addresses: tuple[str, ...], bridge: str,
-    host: netlink.Socket, context: Context, failures: Failures, pod: int = -1,
+    host: netlink.Socket, book: journal.Journal, context: Context, failures: Failures, pod: int = -1,
 ) -> None:  # fmt: skip
     """Remove links and rules of an attachment, and what the kernel remembers of its addresses."""
     name = naming.host_link(who.container, who.ifname)
@@ -81,7 +81,7 @@ def clear(
         ifb = naming.ifb_link(who.container, who.ifname)
         failures.attempt("intermediate device", lambda: _delete_link(host, ifb, -1, "", context))
     if record is None:
-        failures.attempt("nftables", lambda: ruleset.remove_owned({who.tag}))
+        failures.attempt("nftables", lambda: _remove_owned({who.tag}, book))
     else:
         failures.attempt("nftables", lambda: ruleset.remove(list(record.elements), who.tag))
     if record is not None and record.iptables:
@@ -135,7 +135,7 @@ def purge(record: journal.Record, book: journal.Journal, host: netlink.Socket, c
     """Remove all of an attachment but its IPAM reservation; return what went wrong."""
     failures = Failures()
     who = Attachment(record.network, record.container, record.ifname)
-    clear(who, record, record.addresses, record.bridge, host, context, failures)
+    clear(who, record, record.addresses, record.bridge, host, book, context, failures)
     finish(record, book, host, failures)
     return [f"{record.container}/{record.ifname}: {what}: {ctl.said(error)}" for what, error in failures.found]
 
@@ -164,7 +164,7 @@ def collect(request: Request, environment: Mapping[str, str], context: Context, 
             failures.attempt("/".join(key), lambda record=record: _purge(record, book, host, context))  # type: ignore[misc]
         if valid is not None:
             spared = {ruleset.owner(request.network, *key) for key in valid}
-            failures.attempt("nftables", lambda: _remove_strays(request.network, spared))
+            failures.attempt("nftables", lambda: _remove_strays(request.network, spared, book))
     kind = ipam_type(request.config)
     if kind == ipam.TYPE:
         failures.attempt("IPAM", lambda: ipam.collect(request, context, valid))
@@ -205,10 +205,16 @@ def _marked(host: netlink.Socket, network: str) -> set[tuple[str, str]]:
     return {(mark.container, mark.ifname) for mark in marks if mark is not None and mark.network == network}
 
 
-def _remove_strays(network: str, spared: set[str]) -> None:
+def _remove_owned(tags: set[str], book: journal.Journal) -> None:
+    """Remove elements by their owners' tags, and the tables once they are of no use to anybody."""
+    if ruleset.remove_owned(tags):
+        book.when_unused(ruleset.remove_tables)
+
+
+def _remove_strays(network: str, spared: set[str], book: journal.Journal) -> None:
     """Remove elements of this network whose owner is not spared: of attachments of which nothing else is left."""
     tags = {element.owner for element in ruleset.owned() if element.owner.startswith(f"{network} ")}
-    ruleset.remove_owned(tags - spared)
+    _remove_owned(tags - spared, book)
 
 
 def _bridge(request: Request) -> str:

@@ -106,11 +106,13 @@ def remove(elements: list[str], tag: str) -> None:
         remove_owned({tag})
 
 
-def remove_owned(tags: set[str]) -> None:
-    """Remove all elements that carry one of the owners' tags, found by listing the tables."""
-    gone = [element.text for element in owned() if element.owner in tags]
+def remove_owned(tags: set[str]) -> bool:
+    """Remove all elements that carry one of the owners' tags, found by listing; say whether none of others is left."""
+    elements, chains = snapshot()
+    gone = [element.text for element in elements if element.owner in tags]
     if gone:
         nftables.apply("".join(f"delete element {text}\n" for text in gone))
+    return bool(chains) and len(gone) == len(elements)
 
 
 def owned() -> list[Element]:
@@ -141,7 +143,12 @@ def plain(text: str) -> str:
 
 
 def remove_tables() -> None:
-    """Remove what no pod needs any more; sets that pynetd filled stay, and the table with them."""
+    """Remove what no pod needs any more; sets that pynetd filled stay, and the table with them.
+
+    To be called while nobody can begin an ADD. Elements of pods whose record is lost keep the tables.
+    """
+    if owned():
+        return
     cluster = any(
         (entry.get("set") or {}).get("elem") for entry in nftables.list_table(*HERE.split()) if "set" in entry
     )

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cni import verbs
-from cni.context import Context
+from cni.context import AgentContext
 from pynet.kernel import netns
 
 SOCKET = "pynetd.sock"
@@ -31,7 +31,7 @@ class Server:
     def __init__(self, state_dir: Path | str, on_request: OnRequest | None = None) -> None:
         self.path = f"{state_dir}/{SOCKET}"
         self._on_request = on_request
-        self._context = Context()
+        self._context = AgentContext()
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._calls: set[threading.Thread] = set()

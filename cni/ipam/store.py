@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -163,6 +164,10 @@ class Store:
     def unchanged(self) -> bool:
         """Say whether the file is still the one that this store wrote to."""
         return self._db.unchanged()
+
+    def of_earlier_boot(self) -> bool:
+        """Say whether the file was last written before the machine started."""
+        return os.path.getmtime(self.path) < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def rebuild(self, survivors: Iterable[tuple[Owner, list[tuple[int, int]]]]) -> None:
         """Put the damaged file aside and make one that knows the `survivors`: owners and their (family, number)s."""

@@ -112,12 +112,13 @@ def shown(range_set: ranges.RangeSet) -> str:
 def repaired(request: spec.Request, store: Store, work: Callable[[], T]) -> T:
     """Do `work`; a damaged database is rebuilt from the links of running pods and tried once more. Raise `CniError`.
 
-    Only under our own main plugin: its links tell every address in use. Another plugin's links do not.
+    Only under our own main plugin: its links tell every address in use. Another plugin's links do not; but what was
+    last written before the machine started, holds no address of a running pod.
     """
     try:
         return work()
     except Damaged as damage:
-        if request.config.get("type") != MAIN_TYPE:
+        if request.config.get("type") != MAIN_TYPE and not store.of_earlier_boot():
             raise spec.CniError(
                 spec.IO_FAILURE, f"IPAM: {damage}",
                 "it cannot be rebuilt under this main plugin: remove the file when no pod of this network runs",

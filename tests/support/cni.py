@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from support.netns import Names, Namespace, programs
 
+NSENTER = shutil.which("nsenter") or "nsenter"
 REFERENCE = Path("/usr/lib/cni")
 _ids = itertools.count()
 
@@ -59,7 +61,7 @@ class Runtime:
             "CNI_IFNAME": ifname, "CNI_PATH": f"{programs()}:{REFERENCE}",
         } | (env or {})  # fmt: skip
         done = subprocess.run(
-            ["nsenter", f"--net={self.host.path}", str(program or self.program)],
+            [NSENTER, f"--net={self.host.path}", str(program or self.program)],
             input=stdin, text=True, capture_output=True, timeout=60, check=False,
             env={key: value for key, value in environment.items() if value},
         )  # fmt: skip

@@ -1,0 +1,395 @@
+"""ADD, CHECK and DEL through the executable: what a pod and its host have then, and that nothing is left after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.cni import REFERENCE, CniFailure, Pod, Runtime, addresses, links, residue
+from support.netns import Names
+
+pytestmark = pytest.mark.root
+
+FOUR = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
+DUAL = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]]}
+
+
+@pytest.fixture
+def runtime(netns: Names, tmp_path: Path) -> Runtime:
+    return Runtime(netns("host"), tmp_path / "state")
+
+
+@pytest.fixture
+def pod(runtime: Runtime, netns: Names) -> Pod:
+    return Pod(runtime, netns("pod"))
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
+def test_a_life_in_every_version(runtime: Runtime, pod: Pod, version: str) -> None:
+    conf = runtime.conf(version, isDefaultGateway=True, ipam=DUAL, mtu=1400)
+    before = residue(runtime.host)
+    result = pod.add(conf)
+    assert result["cniVersion"] == version
+    if version < "0.3":
+        assert result["ip4"]["ip"] == "10.9.0.2/24"
+        assert result["ip6"]["gateway"] == "fd00:9::1"
+    else:
+        bridge, host, inside = result["interfaces"]
+        shown = links(runtime.host)
+        assert (bridge["name"], bridge["mac"]) == ("cni0", shown["cni0"]["address"])
+        assert host["mac"] == shown[host["name"]]["address"]
+        assert shown[host["name"]]["master"] == "cni0"
+        assert (inside["name"], inside["sandbox"]) == ("eth0", pod.ns.path)
+        assert inside["mac"] == links(pod.ns)["eth0"]["address"]
+        assert [(ip["address"], ip["interface"], ip.get("version")) for ip in result["ips"]] == [
+            ("10.9.0.2/24", 2, "4" if version < "1" else None),
+            ("fd00:9::2/64", 2, "6" if version < "1" else None),
+        ]
+    assert pod.addresses() == ["10.9.0.2/24"]
+    assert pod.addresses("-6") == ["fd00:9::2/64"]
+    assert links(pod.ns)["eth0"]["mtu"] == 1400
+    assert addresses(runtime.host, "cni0") == ["10.9.0.1/24"]
+    assert "tentative" not in pod.ns.run("ip", "-6", "addr", "show", "dev", "eth0", "scope", "global")
+    assert json.loads(pod.ns.run("ip", "-j", "route", "get", "192.0.2.1"))[0]["gateway"] == "10.9.0.1"
+    assert json.loads(pod.ns.run("ip", "-j", "-6", "route", "get", "2001:db8::1"))[0]["gateway"] == "fd00:9::1"
+    pod.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    pod.ns.run("ping", "-c1", "-W2", "fd00:9::1")
+    if version >= "0.4":
+        pod.check()
+    for _ in range(3):
+        pod.delete()
+    assert "eth0" not in links(pod.ns)
+    after = residue(runtime.host)
+    after["links"].pop("cni0")
+    after["addresses"] = [a for a in after["addresses"] if a not in ("10.9.0.1", "fd00:9::1")]
+    after["qdisc"] = before["qdisc"]
+    assert after == before
+
+
+def test_delete_in_every_circumstance(runtime: Runtime, netns: Names) -> None:
+    """Namespace gone, CNI_NETNS empty, bridge gone, state lost: success each time, and the address is free again."""
+    conf = runtime.conf(isGateway=True, ipMasq=True, ipam=FOUR)
+    gone, unnamed, orphan, amnesiac = (Pod(runtime, netns(name)) for name in ("gone", "unnamed", "orphan", "amnesiac"))
+    for pod in (gone, unnamed, orphan, amnesiac):
+        pod.add(conf)
+    gone.ns.close()
+    gone.delete()
+    unnamed.delete(netns="")
+    for path in runtime.state.glob("attachments*"):
+        path.unlink()
+    amnesiac.delete()
+    runtime.host.run("ip", "link", "del", "cni0")
+    orphan.delete()
+    never = Pod(runtime, netns("never"))
+    never.delete(conf)
+    assert runtime.host.run("nft", "list", "ruleset") == "" or "10.9.0" not in runtime.host.run(
+        "nft", "list", "ruleset"
+    )
+    with pytest.raises(CniFailure, match=r"no address is reserved|missing"):
+        gone.runtime.call("CHECK", conf, orphan.container, orphan.ns.path)
+    assert runtime.call("GC", conf | {"cni.dev/valid-attachments": []}) == {}
+    assert runtime.host.run("nft", "list", "ruleset") == ""
+
+
+def test_a_failed_add_undoes_itself(runtime: Runtime, pod: Pod) -> None:
+    before = residue(runtime.host)
+    ranges = {"ranges": [[{"subnet": "10.9.0.0/24", "gateway": "10.9.0.1"}]]}
+    impossible = {"type": "pynet-ipam", "routes": [{"dst": "10.0.0.0/8", "gw": "192.0.2.77"}]} | ranges
+    conf = runtime.conf(isGateway=True, ipMasq=True, ipam=impossible)
+    for _ in range(2):
+        with pytest.raises(CniFailure) as failed:
+            pod.add(conf)
+        assert "route 10.0.0.0/8 via 192.0.2.77" in failed.value.message
+        assert residue(runtime.host) == before
+        assert "eth0" not in links(pod.ns)
+    assert pod.add(conf | {"ipam": {"type": "pynet-ipam"} | ranges})["ips"]
+
+
+@pytest.mark.parametrize(
+    "netns_path", ["/run/netns/not-there", "/etc/passwd", "/proc/self/ns/uts", "/proc/self/ns/net"]
+)
+def test_a_bad_namespace_leaves_no_bridge(runtime: Runtime, netns_path: str) -> None:
+    before = residue(runtime.host)
+    with pytest.raises(CniFailure) as failed:
+        runtime.call("ADD", runtime.conf(isGateway=True, ipam=FOUR), "c1", netns_path)
+    assert failed.value.code == 8
+    assert "CNI_NETNS" in failed.value.message
+    assert residue(runtime.host) == before
+
+
+def test_an_interface_that_is_there_is_refused_and_stays(runtime: Runtime, pod: Pod) -> None:
+    conf = runtime.conf(isGateway=True, ipam=FOUR)
+    pod.add(conf)
+    with pytest.raises(CniFailure, match="eth0 already exists"):
+        runtime.call("ADD", conf, pod.container, pod.ns.path)
+    pod.check()
+
+
+def test_routes_carry_what_1_1_says_of_them(runtime: Runtime, pod: Pod) -> None:
+    routes = [
+        {"dst": "10.77.0.0/16", "mtu": 1300, "advmss": 1200, "priority": 50},
+        {"dst": "10.78.0.0/16", "gw": "10.9.0.9", "table": 100},
+        {"dst": "10.79.0.0/16", "scope": 253},
+    ]
+    result = pod.add(runtime.conf(isGateway=True, ipam=FOUR | {"routes": routes}))
+    assert result["routes"] == routes
+    shown = {route["dst"]: route for route in json.loads(pod.ns.run("ip", "-j", "route", "show", "table", "all"))}
+    first = shown["10.77.0.0/16"]
+    assert (first["gateway"], first["metric"]) == ("10.9.0.1", 50)
+    assert first["metrics"][0] == {"mtu": 1300, "advmss": 1200}
+    assert (shown["10.78.0.0/16"]["table"], shown["10.78.0.0/16"]["gateway"]) == ("100", "10.9.0.9")
+    assert "gateway" not in shown["10.79.0.0/16"]
+    pod.check()
+
+
+def test_requested_addresses_mac_and_dns(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 9.9.9.9\nsearch a.example b.example\noptions ndots:2\n")
+    conf = runtime.conf(
+        isGateway=True, ipam=FOUR | {"resolvConf": str(tmp_path / "resolv.conf")},
+        runtimeConfig={"mac": "02:00:00:00:00:77", "ips": ["10.9.0.77/24"]},
+    )  # fmt: skip
+    result = pod.add(conf, env={"CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAME=x"})
+    assert result["interfaces"][2]["mac"] == links(pod.ns)["eth0"]["address"] == "02:00:00:00:00:77"
+    assert pod.addresses() == ["10.9.0.77/24"]
+    assert result["dns"] == {"nameservers": ["9.9.9.9"], "search": ["a.example", "b.example"], "options": ["ndots:2"]}
+    pod.check()
+
+
+def test_an_l2_network(runtime: Runtime, pod: Pod) -> None:
+    result = pod.add(runtime.conf())
+    assert "ips" not in result
+    assert len(result["interfaces"]) == 3
+    assert links(pod.ns)["eth0"]["operstate"] == "UP"
+    pod.check()
+    pod.delete()
+
+
+def test_a_container_interface_that_stays_down(runtime: Runtime, pod: Pod) -> None:
+    pod.add(runtime.conf(disableContainerInterface=True))
+    assert "UP" not in links(pod.ns)["eth0"]["flags"]
+    pod.check()
+
+
+def test_an_existing_bridge_is_used_and_kept(runtime: Runtime, pod: Pod) -> None:
+    runtime.host.run("ip", "link", "add", "cni0", "type", "bridge")
+    number = links(runtime.host)["cni0"]["ifindex"]
+    pod.add(runtime.conf(isGateway=True, ipam=FOUR))
+    pod.delete()
+    assert links(runtime.host)["cni0"]["ifindex"] == number
+    runtime.host.run("ip", "link", "del", "cni0")
+    runtime.host.run("ip", "link", "add", "cni0", "type", "dummy", check=False)
+    if "cni0" not in links(runtime.host):
+        runtime.host.run("ip", "link", "add", "cni0", "type", "veth", "peer", "name", "other")
+    with pytest.raises(CniFailure, match="not a bridge"):
+        pod.add(runtime.conf(isGateway=True, ipam=FOUR))
+
+
+def test_the_bridges_address(runtime: Runtime, netns: Names) -> None:
+    """plugins#273: another IPv4 address is refused unless forceAddress; IPv6 networks beside each other are fine."""
+    first, second, third = (Pod(runtime, netns(name)) for name in "abc")
+    first.add(runtime.conf(isGateway=True, ipam=DUAL))
+    other = [[{"subnet": "10.10.0.0/24"}], [{"subnet": "fd00:a::/64"}]]
+    conf = runtime.conf(name="other", isGateway=True, ipam={"type": "pynet-ipam", "ranges": other})
+    with pytest.raises(CniFailure, match="already has an IP address different from"):
+        second.add(conf)
+    assert addresses(runtime.host, "cni0") == ["10.9.0.1/24"]
+    second.add(conf | {"forceAddress": True})
+    assert addresses(runtime.host, "cni0") == ["10.10.0.1/24"]
+    assert sorted(addresses(runtime.host, "cni0", "-6")) == ["fd00:9::1/64", "fd00:a::1/64"]
+    with pytest.raises(CniFailure, match=r"gateway address 10\.9\.0\.1/24 is missing"):
+        first.check()
+    del third
+
+
+def test_the_bridges_hardware_address_does_not_follow_its_ports(runtime: Runtime, netns: Names) -> None:
+    pods = [Pod(runtime, netns(f"p{number}")) for number in range(3)]
+    macs = set()
+    for number, pod in enumerate(pods):
+        pod.add(runtime.conf(isGateway=True, ipam=FOUR, runtimeConfig={"mac": f"02:00:00:00:00:0{3 - number}"}))
+        macs.add(links(runtime.host)["cni0"]["address"])
+    assert len(macs) == 1
+
+
+SPOILED: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "host: ip link set VETH nomaster", "master"),
+    ({}, "host: ip link set VETH down", "down"),
+    ({}, "host: ip link set cni0 down", "bridge cni0 is down"),
+    ({}, "host: ip link del VETH", "missing"),
+    ({}, "host: ip addr del 10.9.0.1/24 dev cni0", "gateway address"),
+    ({}, "host: sysctl -qw net.ipv4.ip_forward=0", "ip_forward"),
+    ({"hairpinMode": True}, "host: bridge link set dev VETH hairpin off", "hairpin"),
+    ({"portIsolation": True}, "host: bridge link set dev VETH isolated off", "isolation"),
+    ({"mtu": 1400}, "host: ip link set VETH mtu 1300", "MTU"),
+    ({"promiscMode": True}, "host: ip link set cni0 promisc off", "promiscuous"),
+    ({}, "pod: ip addr del 10.9.0.2/24 dev eth0", "address 10.9.0.2/24"),
+    ({}, "pod: ip route del default", "route 0.0.0.0/0"),
+    ({}, "pod: ip link set eth0 down", "down"),
+    ({}, "pod: ip link set eth0 address 02:00:00:00:00:55", "hardware address"),
+    ({"ipMasq": True}, "host: nft flush map inet pynet-cni masquerade4", "masquerade of 10.9.0.2"),
+    ({"ipMasq": True}, "host: nft flush chain inet pynet-cni postrouting", "masquerade"),
+    ({"ipMasq": True, "ipMasqBackend": "iptables"}, "host: iptables-nft -t nat -F POSTROUTING", "of 10.9.0.2"),
+    ({"macspoofchk": True}, "host: nft flush set bridge pynet-cni allowed", "spoof check"),
+    ({"macspoofchk": True}, "host: nft delete table bridge pynet-cni", "spoof check"),
+    ({"ingressRate": 8000000}, "host: tc qdisc del dev VETH root", "shaping"),
+    ({"egressRate": 8000000}, "host: tc qdisc del dev VETH ingress", "shaping"),
+    ({"egressRate": 8000000}, "host: ip link del IFB", "shaping"),
+    ({}, "ipam", "reserved"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "spoil", "words"), SPOILED, ids=[row[1] + str(row[0] or "") for row in SPOILED])
+def test_check_names_what_is_missing_or_changed(
+    runtime: Runtime, pod: Pod, keys: dict[str, Any], spoil: str, words: str
+) -> None:
+    result = pod.add(runtime.conf(isDefaultGateway=True, ipam=FOUR, **keys))
+    pod.check()
+    veth = result["interfaces"][1]["name"]
+    where, _, command = spoil.partition(": ")
+    if where == "ipam":
+        (runtime.state / "ipam" / "net.db").unlink()
+    else:
+        place = runtime.host if where == "host" else pod.ns
+        place.run(*command.replace("VETH", veth).replace("IFB", veth.replace("veth", "ifbp")).split())
+    with pytest.raises(CniFailure) as found:
+        pod.check()
+    assert words in found.value.message
+    assert found.value.code == 100
+    pod.delete()
+    assert veth not in links(runtime.host)
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+def test_masquerade_of_what_leaves(runtime: Runtime, pod: Pod, netns: Names, backend: str) -> None:
+    from support.netns import connect
+
+    outside = netns("outside")
+    connect(runtime.host, outside, "up0", "eth0")
+    runtime.host.run("ip", "addr", "add", "192.0.2.1/24", "dev", "up0")
+    outside.run("ip", "addr", "add", "192.0.2.9/24", "dev", "eth0")
+    outside.run("ip", "addr", "add", "198.51.100.9/32", "dev", "eth0")
+    runtime.host.run("ip", "route", "add", "198.51.100.0/24", "via", "192.0.2.9")
+    outside.run("ip", "route", "add", "10.9.0.0/24", "via", "192.0.2.1")
+    conf = runtime.conf(
+        isDefaultGateway=True, ipMasq=True, ipMasqBackend=backend, ipam=FOUR, nonMasqueradeCIDRs=["198.51.100.0/24"]
+    )
+    pod.add(conf)
+    pod.check()
+
+    def source(destination: str) -> str:
+        outside.run("nft", "add", "table", "ip", "t")
+        outside.run("nft", "flush", "table", "ip", "t")
+        outside.run("nft", "add", "chain", "ip", "t", "c", "{ type filter hook input priority 0; }")
+        outside.run("nft", "add", "set", "ip", "t", "seen", "{ type ipv4_addr; flags dynamic; }")
+        outside.run("nft", "flush", "set", "ip", "t", "seen")
+        outside.run("nft", "add", "rule", "ip", "t", "c", "icmp type echo-request add @seen { ip saddr }")
+        pod.ns.run("ping", "-c1", "-W2", destination)
+        seen = json.loads(outside.run("nft", "-j", "list", "set", "ip", "t", "seen"))["nftables"][1]["set"]
+        (found,) = seen["elem"]
+        return str(found)
+
+    assert source("192.0.2.9") == "192.0.2.1"
+    assert source("198.51.100.9") == "10.9.0.2"
+    pod.delete()
+    assert "10.9.0.2" not in runtime.host.run("iptables-nft-save") + runtime.host.run("nft", "list", "ruleset")
+
+
+def test_a_pod_that_lies_about_its_hardware_address_is_not_heard(runtime: Runtime, pod: Pod) -> None:
+    pod.add(runtime.conf(isGateway=True, macspoofchk=True, ipam=FOUR))
+    pod.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    pod.ns.run("ip", "link", "set", "eth0", "address", "02:00:00:00:00:66")
+    pod.ns.run("ip", "neigh", "flush", "all")
+    assert " 0 received" in pod.ns.run("ping", "-c1", "-W1", "10.9.0.1", check=False)
+
+
+def test_isolated_pods_do_not_reach_each_other(runtime: Runtime, netns: Names) -> None:
+    one, two = Pod(runtime, netns("one")), Pod(runtime, netns("two"))
+    for pod in (one, two):
+        pod.add(runtime.conf(isGateway=True, portIsolation=True, ipam=FOUR))
+    one.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    assert " 0 received" in one.ns.run("ping", "-c1", "-W1", two.ip, check=False)
+
+
+def test_bandwidth_of_the_runtime(runtime: Runtime, pod: Pod) -> None:
+    limits = {
+        "ingressRate": 8_000_000,
+        "ingressBurst": 34_359_738_352,
+        "egressRate": 16_000_000,
+        "egressBurst": 800_000,
+    }
+    with pytest.raises(CniFailure, match="ingressBurst"):
+        pod.add(
+            runtime.conf(isGateway=True, ipam=FOUR, runtimeConfig={"bandwidth": limits | {"ingressBurst": 8 << 32}})
+        )
+    result = pod.add(runtime.conf(isGateway=True, ipam=FOUR, runtimeConfig={"bandwidth": limits}))
+    ifb = result["interfaces"][3]["name"]
+    shown = {q["dev"]: q for q in json.loads(runtime.host.run("tc", "-j", "qdisc", "show")) if q["kind"] == "tbf"}
+    assert shown[ifb]["options"]["rate"] == 2_000_000
+    assert shown[result["interfaces"][1]["name"]]["options"]["rate"] == 1_000_000
+    pod.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    pod.check()
+    pod.delete()
+    assert ifb not in links(runtime.host)
+
+
+def test_ipam_by_host_local(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
+    ipam = {"type": "host-local", "dataDir": str(tmp_path / "hl"), "ranges": [[{"subnet": "10.9.0.0/24"}]]}
+    conf = runtime.conf("1.0.0", isDefaultGateway=True, ipMasq=True, ipam=ipam)
+    pod.add(conf)
+    assert pod.addresses() == ["10.9.0.2/24"]
+    assert (tmp_path / "hl" / "net" / "10.9.0.2").exists()
+    pod.check()
+    pod.delete()
+    assert not (tmp_path / "hl" / "net" / "10.9.0.2").exists()
+    broken = conf | {"ipam": ipam | {"routes": [{"dst": "10.0.0.0/8", "gw": "192.0.2.77"}]}}
+    with pytest.raises(CniFailure):
+        pod.add(broken)
+    assert list((tmp_path / "hl" / "net").glob("10.*")) == []
+    with pytest.raises(CniFailure, match="no plugin nobody in CNI_PATH"):
+        pod.add(conf | {"ipam": {"type": "nobody"}})
+
+
+def test_our_ipam_under_another_main_plugin(runtime: Runtime, pod: Pod) -> None:
+    conf = runtime.conf("1.0.0", isDefaultGateway=True, ipam=FOUR) | {"type": "bridge"}
+    bridge = REFERENCE / "bridge"
+    result = pod.add(conf, program=bridge)
+    assert result["ips"][0]["address"] == "10.9.0.2/24"
+    runtime.call("CHECK", conf | {"prevResult": result}, pod.container, pod.ns.path, program=bridge)
+    pod.delete(program=bridge)
+    assert pod.add(conf, program=bridge)["ips"][0]["address"] == "10.9.0.3/24"
+    pod.delete(program=bridge)
+
+
+def test_a_chain_extends_the_previous_result(runtime: Runtime, pod: Pod) -> None:
+    before = {
+        "cniVersion": "1.1.0", "interfaces": [{"name": "tap0"}, {"name": "net0", "sandbox": "/x"}],
+        "ips": [{"address": "192.0.2.5/24", "interface": 1}], "dns": {"nameservers": ["9.9.9.9"]},
+    }  # fmt: skip
+    result = pod.add(runtime.conf(isGateway=True, ipam=FOUR, prevResult=before))
+    assert [interface["name"] for interface in result["interfaces"][:3]] == ["tap0", "net0", "cni0"]
+    assert [(ip["address"], ip["interface"]) for ip in result["ips"]] == [("192.0.2.5/24", 1), ("10.9.0.2/24", 4)]
+    assert result["dns"] == {"nameservers": ["9.9.9.9"]}
+
+
+def test_two_interfaces_of_one_pod(runtime: Runtime, pod: Pod) -> None:
+    pod.add(runtime.conf(isGateway=True, ipam=FOUR))
+    second = runtime.conf(
+        name="two", bridge="cni1", isGateway=True, ipam={"type": "pynet-ipam", "subnet": "10.8.0.0/24"}
+    )
+    runtime.call("ADD", second, pod.container, pod.ns.path, ifname="net1")
+    assert addresses(pod.ns, "net1") == ["10.8.0.2/24"]
+    pod.delete()
+    assert addresses(pod.ns, "net1") == ["10.8.0.2/24"]
+
+
+def test_vlans_are_refused_by_name_where_the_kernel_has_none(runtime: Runtime, pod: Pod) -> None:
+    runtime.host.run("ip", "link", "add", "probe", "type", "bridge", "vlan_filtering", "1", check=False)
+    if "probe" in links(runtime.host):
+        pytest.skip("this kernel filters VLANs")
+    before = residue(runtime.host)
+    with pytest.raises(CniFailure) as refused:
+        pod.add(runtime.conf(vlan=100))
+    assert "CONFIG_BRIDGE_VLAN_FILTERING" in refused.value.details
+    assert residue(runtime.host) == before
