@@ -11,12 +11,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from apiserver import Server, Store
@@ -25,67 +23,17 @@ from apiserver.resources import BY_KIND, NAMED, Resource
 from pynet.kernel import netns
 from pynet.kernel.inotify import Watch
 
-from . import controller, lifecycle, machine, pods, workloads
+from . import controller, machine, pods, state, workloads
 from . import topology as plan
+from .api import KUBECONFIG, kubeconfig
 from .cluster import API_KINDS, Lab
-from .state import Folder, LabError, NodeRecord, PodRecord, write
+from .state import Folder, LabError, PodRecord, write
 
 Json = dict[str, Any]
 Identity = tuple[str, str, str]
 NODES_PORT = 6443  # where the nodes reach the API: on the router's address of their subnet
-KUBECONFIG = "kubeconfig"
-_PID = "api.pid"
-_READY_SECONDS = 15.0
 _SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields")
 _MIRRORED = {kind: resource for (_, kind), resource in BY_KIND.items() if kind in API_KINDS}
-
-
-def kubeconfig(folder: Folder) -> Path:
-    """Return the kubeconfig for whoever is on this machine."""
-    return folder.path / KUBECONFIG
-
-
-def node_kubeconfig(folder: Folder, node: NodeRecord) -> Path:
-    """Return the kubeconfig for the daemons of a node."""
-    return folder.path / f"{KUBECONFIG}-{node.subnet}"
-
-
-def start(folder: Folder) -> None:
-    """Start the API server of a lab whose underlay is there, and return when it answers."""
-    kubeconfig(folder).unlink(missing_ok=True)
-    log = folder.logs / "apiserver.log"
-    with log.open("ab") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "netnslab.bridge", folder.name],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            cwd=Path(__file__).resolve().parent.parent,
-            env=machine.marked(folder.name),
-            start_new_session=True,
-        )
-    write(folder.path / _PID, str(child.pid).encode())
-    deadline = time.monotonic() + _READY_SECONDS
-    while not kubeconfig(folder).exists():
-        if child.poll() is not None or time.monotonic() > deadline:
-            raise LabError("the lab's API server did not start", log=log.read_text(errors="replace")[-2000:])
-        time.sleep(0.02)
-
-
-def pid_of(folder: Folder) -> int:
-    """Return the API server's process; 0: it does not run."""
-    try:
-        pid = int((folder.path / _PID).read_text())
-        mine = b"netnslab.bridge" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return 0
-    return pid if mine and machine.alive(pid) else 0
-
-
-def stop(folder: Folder, *, kill: bool = False) -> None:
-    """End the API server: as an operator does, or as a crash."""
-    if pid := pid_of(folder):
-        machine.end([pid], gently=0 if kill else 5)
 
 
 def listening(name: str, port: int) -> socket.socket:
@@ -275,8 +223,8 @@ def held(folder: Folder) -> Any:
     """Hold the lab's lock for a change. Raise `_Busy` while a command holds it."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lifecycle.holding(folder))
-        except LabError as error:
+            stack.enter_context(state.locked(folder.path / ".lock", wait=False))
+        except BlockingIOError as error:
             raise _Busy from error
         yield
 

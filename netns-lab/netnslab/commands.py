@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--iptables-backend", choices=("nft", "legacy"), default="", help="which iptables the nodes have")
     one.add_argument("--pyproxy-arg", action="append", default=[], metavar="ARG", help="passed on to every pyproxy")
     one.add_argument("--pynetd-arg", action="append", default=[], metavar="ARG", help="passed on to every pynetd")
+    one.add_argument("--api", action="store_true", help="the daemons follow an API server; kubectl drives the lab")
     one.add_argument("--empty", action="store_true", help="deploy nothing")
 
     command(commands, "down", "remove the cluster and leave the machine as it was")

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import agents, machine
+from . import agents, api, machine
 from . import topology as plan
 from .state import Folder, LabError, NodeRecord, Spec, write
 
@@ -23,7 +23,7 @@ def command(folder: Folder, spec: Spec, node: NodeRecord, program: str) -> list[
     place = folder.node(node.netns)
     line = [
         str(Path(sys.executable).parent / program),
-        f"--manifests={folder.manifests}",
+        f"--kubeconfig={api.node_kubeconfig(folder, node)}" if spec.api else f"--manifests={folder.manifests}",
         f"--healthz-bind-address=127.0.0.1:{HEALTH_PORTS[program]}",
         f"--metrics-bind-address=127.0.0.1:{METRICS_PORTS[program]}",
     ]

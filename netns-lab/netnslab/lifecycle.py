@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from . import agents, daemons, kernel, machine, network, pods, state, workloads
+from . import agents, api, daemons, kernel, machine, network, pods, state, workloads
 from . import topology as plan
 from .cluster import Lab, node_record
 from .progress import err, step
@@ -55,6 +55,9 @@ def _up(wanted: Spec, count: int | None, demo: bool) -> Lab:
         title = f"network: {', '.join(node.name for node in nodes)} and client on {', '.join(topology.subnets)}"
         with step(title):
             build_network(lab)
+        if wanted.api:
+            with step("API server"):
+                api.start(folder)
         with step("daemons: pynetd and pyproxy on every node"):
             start_nodes(lab, nodes)
         if demo:
@@ -137,6 +140,9 @@ CLIENT_PORTS = "tcp:9000,udp:9000"  # what the client serves: the outside, for p
 
 def repair(lab: Lab) -> None:
     """Start again what has ended in a lab whose namespaces are all there."""
+    if lab.spec.api and not api.pid_of(lab.folder):
+        with step("starting the API server again"):
+            api.start(lab.folder)
     for node in lab.spec.nodes:
         lost = [program for program in daemons.PROGRAMS if not daemons.pid_of(lab.folder, node, program)]
         revive(lab, node.name, node.netns)

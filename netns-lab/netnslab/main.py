@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from . import kernel, lifecycle, logs, machine, play, status
+from . import api, kernel, lifecycle, logs, machine, play, status
 from .cluster import Lab
 from .commands import change, parser
 from .progress import complain, err, out
@@ -20,9 +20,12 @@ def up(arguments: argparse.Namespace) -> int:
     wanted = Spec(
         arguments.name, arguments.topology, arguments.mode, arguments.ipv6, arguments.scheduler,
         arguments.iptables_backend, tuple(arguments.pyproxy_arg), tuple(arguments.pynetd_arg),
+        api=arguments.api,
     )  # fmt: skip
     lab = lifecycle.up(wanted, arguments.nodes, demo=not arguments.empty)
     out.print(f"lab [bold]{lab.spec.name}[/] is up: lab status, lab check, lab exec client -- CMD…, lab down")
+    if lab.spec.api:
+        out.print(f"kubectl: export KUBECONFIG={api.kubeconfig(lab.folder)}", soft_wrap=True)
     return 0
 
 

@@ -44,7 +44,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """A lab as it was asked for, and its nodes. `complete`: `lab up` came to its end."""
+    """A lab as it was asked for, and its nodes. `complete`: `lab up` came to its end; `api`: it has an API server."""
 
     name: str
     topology: str = "flat"
@@ -56,6 +56,7 @@ class Spec(msgspec.Struct, frozen=True):
     pynetd_args: tuple[str, ...] = ()
     nodes: tuple[NodeRecord, ...] = ()
     complete: bool = False
+    api: bool = False
 
 
 class PodPort(msgspec.Struct, frozen=True):

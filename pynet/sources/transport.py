@@ -240,7 +240,7 @@ class Transport:
         with self._lock:
             if self._pools is None or self._pools[0] != login.number:
                 login.configuration.socket_options = _KEEPALIVE
-                if not login.configuration.verify_ssl:  # asked for in so many words: no line in the log for each request
+                if not login.configuration.verify_ssl:  # by the operator's choice
                     urllib3.disable_warnings(InsecureRequestWarning)
                 self._pools = (login.number, RESTClientObject(login.configuration).pool_manager)
             return self._pools[1]
