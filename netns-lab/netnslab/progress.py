@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from .state import LabError
 
-out = Console(highlight=False, soft_wrap=True)
+WIDE = 150  # columns where there is no terminal to ask
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -32,7 +33,7 @@ def step(title: str) -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line of a command's answer."""
-    out.print(escape(line))
+    out.print(escape(line), soft_wrap=True)
 
 
 def complain(error: LabError) -> None:
