@@ -32,7 +32,13 @@ def _ipvs(settings: Settings) -> Mode:
     return ipvs_mode(settings)
 
 
-MODES: dict[str, Factory] = {"iptables": _iptables, "nftables": _nftables, "ipvs": _ipvs}
+def _userspace(settings: Settings) -> Mode:
+    from proxy.modes.userspace.mode import Options, UserspaceMode
+
+    return UserspaceMode(Options(settings.userspace.listen_only, settings.userspace.udp_idle_seconds))
+
+
+MODES: dict[str, Factory] = {"iptables": _iptables, "nftables": _nftables, "ipvs": _ipvs, "userspace": _userspace}
 
 
 def made(settings: Settings, name: str | None = None) -> Mode:
