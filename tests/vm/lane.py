@@ -6,6 +6,7 @@ the reports of its own. In the guest (PYNET_VM=1) they are ordinary tests whose 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -88,6 +89,8 @@ class Lane:
 
     def pytest_sessionfinish(self) -> None:
         if self._machine is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._machine.wait(10)  # for the guest's own summary on its console
             machine.stop(self._machine)
         if self._worker in ("", "gw0"):
             self._keep_console()

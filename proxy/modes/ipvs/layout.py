@@ -79,7 +79,8 @@ class Ground(msgspec.Struct, frozen=True):
 
     `node_addresses`: the node's own, loopback and ours excepted. `scheduler`: the one where a Service names none that
     IPVS has; `lacking`: those that this kernel has not. `taken`: frontends with an address of the node's own; a node
-    port of the same number yields to them. `drain_seconds`: the limit for a Service that declares none.
+    port of the same number yields to them. `foreign`: somebody else's virtual servers, which are left alone.
+    `drain_seconds`: the limit for a Service that declares none.
     """
 
     family: Family
@@ -88,6 +89,7 @@ class Ground(msgspec.Struct, frozen=True):
     scheduler: str = "rr"
     taken: frozenset[ServiceId] = frozenset()
     lacking: frozenset[str] = frozenset()
+    foreign: frozenset[ServiceId] = frozenset()
     drain_seconds: float = 3600.0
 
 
@@ -153,6 +155,19 @@ def taken_by(server: VirtualServer, family: Family, node_addresses: Collection[s
     )
 
 
+def in_the_way(ground: Ground, plan: Plan) -> dict[ServiceId, ServerKey]:
+    """Return the frontends that somebody else's virtual servers have."""
+    if not ground.foreign:
+        return {}
+    names = {
+        ServiceId(_VERSIONS[ground.family], address, frontend.port, key.protocol): key
+        for key, server in plan.servers.items()
+        for frontend in server.frontends
+        for address in _addresses(ground, frontend)
+    }
+    return {name: names[name] for name in sorted(ground.foreign) if name in names}
+
+
 def pieces(ground: Ground, plan: Plan, marks: Mapping[ServerKey, int]) -> dict[ServerKey, Piece]:
     """Return the pieces of a whole plan."""
     return {key: piece(ground, server, marks.get(key, 0)) for key, server in plan.servers.items()}
@@ -166,7 +181,7 @@ def piece(ground: Ground, server: VirtualServer, mark: int = 0) -> Piece:
     for frontend in server.frontends:
         for address in _addresses(ground, frontend):
             name = ServiceId(_VERSIONS[ground.family], address, frontend.port, server.key.protocol)
-            if not frontend.address and name in ground.taken:
+            if name in ground.foreign or (not frontend.address and name in ground.taken):
                 continue
             endpoints = _main_endpoints(server, frontend)
             services[name] = _wanted(ground, server, endpoints)

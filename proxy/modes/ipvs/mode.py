@@ -23,7 +23,7 @@ from proxy.modes.ipvs.node import Node
 from proxy.modes.ipvs.steps import Do, Live, Step, draining, steps
 from proxy.plan import Family, Plan, PlanChange, ServerKey, VirtualServer, inside
 from pynet.daemon import logs
-from pynet.ipvs import ServiceId, Timeouts
+from pynet.ipvs import Service, ServiceId, Timeouts
 from pynet.kernel import ipset
 from pynet.kernel.ipset import IpsetError
 from pynet.kernel.iptables import Backend, IptablesError, Tool, backend_of_host
@@ -82,7 +82,8 @@ class IpvsMode:
         self._kernel: Ipvs | None = None
         self._standing: dict[Family, Standing] = {}
         self._lacking: dict[str, bool] = {}
-        self._foreign: set[ServiceId] = set()
+        self._foreign: set[ServiceId] = set()  # found to be so by an addition that failed
+        self._told: set[ServiceId] = set()
         self._drains = Drains()
 
     def sync(self, plans: Sequence[Plan]) -> Written:
@@ -114,7 +115,7 @@ class IpvsMode:
             held = ipset.saved("PYNET-")
             if self._has_kernel():
                 for family in Family:
-                    ours = self._ours(family, _held(family, held))
+                    ours = self._ours(family, _held(family, held), self._ipvs().services())
                     self._ipvs().send([self._ipvs().delete_service(name) for name in ours])
             self._node.remove_link()
             ipset.destroy(sorted(layout.all_set_names() & held.keys()))
@@ -152,10 +153,15 @@ class IpvsMode:
         """Make the kernel hold `plan`; return what was written, and a line for each difference found."""
         began = time.monotonic()
         family = plan.family
-        self._ipvs()
-        ipset.restore(sets.declarations(family))
-        held = _held(family, ipset.saved("PYNET-"))
-        ground = self._ground(plan)
+        saved = ipset.saved("PYNET-")
+        if not saved.keys() >= {layout.set_name(family, suffix) for suffix in layout.SETS}:
+            ipset.restore(sets.declarations(family))
+        held = _held(family, saved)
+        present = self._ipvs().services()
+        ours = self._ours(family, held, present)
+        foreign = {name for name in present if name not in ours or name in self._foreign}
+        ground = self._ground(plan, frozenset(foreign))
+        self._tell_foreign(layout.in_the_way(ground, plan))
         marks = _marks(plan, held)
         pieces = layout.pieces(ground, plan, marks)
         users = Counter(address for piece in pieces.values() for address in piece.addresses)
@@ -168,9 +174,10 @@ class IpvsMode:
         wrong = tables.converge(self._tool(family), family, plan.settings)
         on_link = self._node.link_addresses(family)
         self._node.add(users.keys() - on_link)
-        todo = self._steps_from_kernel(family, pieces, held)
+        todo = self._steps_from_kernel(pieces, {name: present[name] for name in ours if name not in foreign})
         self._standing[family] = Standing(plan, ground, pieces, marks, users)
-        self._run(family, todo)
+        if self._run(family, todo):
+            return self._converge(plan)
         self._node.remove(on_link - users.keys())
         ipset.restore(removals)
 
@@ -206,7 +213,7 @@ class IpvsMode:
         additions, removals = sets.differences(
             family, sets.entries_of(before.values(), old_addresses), sets.entries_of(after.values(), new_addresses)
         )
-        todo = steps(self._live(before), self._wanted(after))
+        todo = steps(self._live(before), _wanted(after))
         rendering = time.monotonic() - began
 
         ipset.restore(additions)
@@ -214,13 +221,14 @@ class IpvsMode:
             self._node.add(new_addresses)
         pieces = {key: piece for key, piece in standing.pieces.items() if key not in before} | after
         self._standing[family] = Standing(change.new, ground, pieces, marks, users)
-        self._run(family, todo)
+        if self._run(family, todo):
+            return self._converge(change.new)[0]
         self._node.remove(old_addresses)
         ipset.restore(removals)
         applying = time.monotonic() - began - rendering
         return Written(len(additions) + len(removals) + len(todo), rendering, applying)
 
-    def _ground(self, plan: Plan) -> Ground:
+    def _ground(self, plan: Plan, foreign: frozenset[ServiceId]) -> Ground:
         addresses = self._node.own_addresses(plan.family)
         taken = (name for server in plan.servers.values() for name in layout.taken_by(server, plan.family, addresses))
         schedulers = {name for server in plan.servers.values() for name in layout.schedulers_of(server)}
@@ -231,6 +239,7 @@ class IpvsMode:
             self._options.scheduler,
             frozenset(taken),
             self._told_lacking(schedulers),
+            foreign,
             self._options.drain_seconds,
         )
 
@@ -260,14 +269,14 @@ class IpvsMode:
         schedulers = {name for server in new.values() for name in layout.schedulers_of(server)}
         return taken[0] != taken[1] or not self._told_lacking(schedulers) <= ground.lacking
 
-    def _ours(self, family: Family, held: sets.Entries) -> list[ServiceId]:
+    def _ours(self, family: Family, held: sets.Entries, present: Collection[ServiceId]) -> set[ServiceId]:
         """Return the virtual servers of the kernel that are ours and not excluded."""
         version = tables.VERSIONS[family]
         marks = set(sets.marks_of(held["SPLIT"]).values())
         on_link = self._node.link_addresses(family)
-        return [
+        return {
             name
-            for name in self._ipvs().services()
+            for name in present
             if name.version == version
             and (
                 name.mark in marks
@@ -275,50 +284,40 @@ class IpvsMode:
                 else layout.frontend_entry(name) in held["SERVERS"] or name.address in on_link
             )
             and not (name.address and inside(name.address, self._options.exclude_cidrs))
-        ]
+        }
 
-    def _steps_from_kernel(self, family: Family, pieces: Mapping[ServerKey, Piece], held: sets.Entries) -> list[Step]:
-        """Return what differs between the kernel's virtual servers and the pieces'; adopts what drains."""
-        kernel = self._ipvs()
-        present = kernel.services()
-        ours = set(self._ours(family, held))
-        everything = {name for piece in pieces.values() for name in piece.services}
-        self._note_foreign({name for name in everything if name in present and name not in ours})
-        want = self._wanted(pieces)
+    def _tell_foreign(self, names: Mapping[ServiceId, ServerKey]) -> None:
+        for name in names.keys() - self._told:
+            log.warning(
+                "a virtual server of somebody else is in the way, and left alone",
+                extra=logs.fields(server=name, port=names[name]),
+            )
+        self._told = set(names)
+
+    def _steps_from_kernel(self, pieces: Mapping[ServerKey, Piece], ours: Mapping[ServiceId, Service]) -> list[Step]:
+        """Return what differs between our virtual servers and the pieces'; adopts what drains."""
+        want = _wanted(pieces)
         live = {}
-        for name in ours:
-            destinations = kernel.destinations(name) if name in want else {}
-            live[name] = Live(present[name], {one: state.weight for one, state in destinations.items()})
+        for name, service in ours.items():
+            destinations = self._ipvs().destinations(name) if name in want else {}
+            live[name] = Live(service, {one: state.weight for one, state in destinations.items()})
         for name, gone in draining(live, want).items():
             for one in gone:
-                if not live[name].destinations[one] and want[name].drain_seconds:
+                if name in want and want[name].drain_seconds and not live[name].destinations[one]:
                     self._drains.begin(name, one, self._clock() + want[name].drain_seconds)
         return steps(live, want)
-
-    def _note_foreign(self, names: set[ServiceId]) -> None:
-        for name in sorted(names - self._foreign):
-            log.warning("a virtual server of somebody else is in the way", extra=logs.fields(server=name))
-        self._foreign = {name for name in self._foreign if name in names} | names
-
-    def _wanted(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Wanted]:
-        return {
-            name: wanted
-            for piece in pieces.values()
-            for name, wanted in piece.services.items()
-            if name not in self._foreign
-        }
 
     def _live(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Live]:
         """Return the virtual servers as written last."""
         found = {}
-        for name, wanted in self._wanted(pieces).items():
+        for name, wanted in _wanted(pieces).items():
             destinations = wanted.destinations | dict.fromkeys(self._drains.of(name), 0)
             if destinations:
                 found[name] = Live(wanted.service, destinations)
         return found
 
-    def _run(self, family: Family, todo: Sequence[Step]) -> None:
-        """Take the steps: new virtual servers first, and nothing for those that turn out to be somebody else's."""
+    def _run(self, family: Family, todo: Sequence[Step]) -> bool:
+        """Take the steps, new virtual servers first. True: some of them are somebody else's, and nothing is settled."""
         new = [step for step in todo if step.do is Do.ADD_SERVICE]
         foreign = set()
         failed: list[tuple[Step, NetlinkError]] = []
@@ -328,8 +327,9 @@ class IpvsMode:
             elif error is not None:
                 failed.append((step, error))
         if foreign:
-            self._note_foreign(self._foreign | foreign)
-        rest = [step for step in todo if step.do is not Do.ADD_SERVICE and step.service not in foreign]
+            self._foreign |= foreign
+            return True
+        rest = [step for step in todo if step.do is not Do.ADD_SERVICE]
         for step, error in zip(rest, self._send(rest), strict=True):
             if error is not None and error.errno not in _SETTLED.get(step.do, ()):
                 failed.append((step, error))
@@ -339,6 +339,7 @@ class IpvsMode:
             owners = {self._owner(family, step.service) for step, _ in failed}
             message = "; ".join(f"{step}: {error}" for step, error in failed[:5])
             raise ApplyError(f"IPVS: {message}", [] if None in owners else [key for key in owners if key])
+        return False
 
     def _note_drain(self, step: Step) -> None:
         if step.do is Do.DELETE_SERVICE:
@@ -376,11 +377,7 @@ class IpvsMode:
     def _looks_wrong(self, standing: Standing) -> bool:
         family = standing.plan.family
         version = tables.VERSIONS[family]
-        wanted = sum(
-            bool(one.destinations) and name not in self._foreign
-            for piece in standing.pieces.values()
-            for name, one in piece.services.items()
-        )
+        wanted = sum(bool(one.destinations) for piece in standing.pieces.values() for one in piece.services.values())
         return (
             self._node.own_addresses(family) != standing.ground.node_addresses
             or not (self._node.has_link() or not standing.users)
@@ -403,6 +400,10 @@ def _message(kernel: Ipvs, step: Step) -> Message:
         return kernel.delete_destination(step.service, step.destination)
     put = kernel.add_destination if step.do is Do.ADD else kernel.set_destination
     return put(step.service, step.destination, step.weight)
+
+
+def _wanted(pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Wanted]:
+    return {name: wanted for piece in pieces.values() for name, wanted in piece.services.items()}
 
 
 def _held(family: Family, saved: Mapping[str, ipset.Held]) -> sets.Entries:
