@@ -270,6 +270,8 @@ class Engine:
             self._observe(family, plan, result.written, took, is_partial)
         self._note_refused(result.refused)
         self._is_sound = True
+        if not is_partial:  # a full write has compared everything
+            self._audited_at = self._checked_at = self._clock()
         return changes
 
     def _finish(self) -> None:
