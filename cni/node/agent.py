@@ -59,7 +59,7 @@ class Agent:
 
     def __init__(self, options: Options, metrics: Metrics, kernel: Rtnetlink) -> None:
         self._options, self._metrics = options, metrics
-        pause = min(options.resync, _LOOK_AT_FORWARD)
+        self._pause = pause = min(options.resync, _LOOK_AT_FORWARD)
         self._runner = BoundedRunner(self._reconcile, min_interval=_REST, max_interval=pause, retry=_RETRY)
         self._membership = Membership(options.ledger, options.pools)
         self._ways = Ways(options.settings, kernel, metrics)
@@ -155,7 +155,7 @@ class Agent:
         outer = [link.name for link in outcome.state.links if link.name not in quiet]
         complaints = forwarding.sysctls(families, sorted(loose), outer)
         passing = self._options.settings.cluster_cidrs or want.pod_cidrs
-        if passing != self._accepted or time.monotonic() - self._accepted_at >= _LOOK_AT_FORWARD:
+        if passing != self._accepted or time.monotonic() - self._accepted_at >= self._pause:
             self._closed = acceptance.ensure(passing)
             self._accepted, self._accepted_at = passing, time.monotonic()
         problems += [Problem("forwarding", complaint) for complaint in (*complaints, *self._closed)]
