@@ -46,13 +46,18 @@ class Ipvs(msgspec.Struct, frozen=True):
     tcp_fin_seconds: float = 0.0
     udp_seconds: float = 0.0
     fallback: str = "iptables"
+    drain_seconds: float = 3600.0
 
 
 class Userspace(msgspec.Struct, frozen=True):
-    """What only the userspace mode takes. `listen_only`: node ports only, without any privilege."""
+    """What only the userspace proxy takes. `listen_only`: node ports only, without any privilege; `localhost`: node
+    ports on loopback addresses beside any other mode; `max_connections`: in all ports together.
+    """
 
     listen_only: bool = False
     udp_idle_seconds: float = 60.0
+    localhost: bool = False
+    max_connections: int = 20_000
 
 
 class Settings(msgspec.Struct, frozen=True):

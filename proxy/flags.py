@@ -139,6 +139,20 @@ _OWN = (
     Flag(
         ("--userspace-listen-only",), "userspace.listen_only", boolean, "userspace mode: node ports only, unprivileged"
     ),
+    Flag(
+        ("--userspace-localhost-nodeports",),
+        "userspace.localhost",
+        boolean,
+        "node ports on 127.0.0.1 and ::1 through the userspace proxy, in any mode",
+    ),
+    Flag(
+        ("--userspace-max-connections",),
+        "userspace.max_connections",
+        int,
+        "userspace mode: connections at once; more wait (20000)",
+        "N",
+    ),
+    Flag(("--ipvs-drain-limit",), "ipvs.drain_seconds", duration, "longest drain of a removed endpoint (1h)", "TIME"),
     Flag(("--userspace-udp-idle",), "userspace.udp_idle_seconds", duration, "userspace mode: idle UDP (60s)", "TIME"),
 )
 _ACCEPTED = (

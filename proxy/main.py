@@ -180,6 +180,8 @@ def configuration(settings: Settings) -> str:
 
 def remove_other_modes(settings: Settings, current: Mode) -> None:
     """Remove what another mode has left, now that the current one's rules stand."""
+    if settings.mode == "userspace" and settings.userspace.listen_only:
+        return  # without privilege there is nothing that could be removed
     for name in registry.MODES:
         if name == current.name:
             continue

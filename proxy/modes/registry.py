@@ -35,7 +35,8 @@ def _ipvs(settings: Settings) -> Mode:
 def _userspace(settings: Settings) -> Mode:
     from proxy.modes.userspace.mode import Options, UserspaceMode
 
-    return UserspaceMode(Options(settings.userspace.listen_only, settings.userspace.udp_idle_seconds))
+    own = settings.userspace
+    return UserspaceMode(Options(own.listen_only, own.udp_idle_seconds, own.max_connections))
 
 
 MODES: dict[str, Factory] = {"iptables": _iptables, "nftables": _nftables, "ipvs": _ipvs, "userspace": _userspace}
@@ -44,10 +45,19 @@ MODES: dict[str, Factory] = {"iptables": _iptables, "nftables": _nftables, "ipvs
 def made(settings: Settings, name: str | None = None) -> Mode:
     """Return the mode of that name (default: the one in `settings`). Raise `ApplyError` where it cannot be.
 
-    Without a name the mode may be another than the one asked for, where the kernel has no IPVS.
+    Without a name the mode may be another than the one asked for, where the kernel has no IPVS, and may serve node
+    ports on loopback addresses besides.
     """
-    if name is None and settings.mode == "ipvs":
+    if name is not None:
+        return MODES[name](settings)
+    if settings.mode == "ipvs":
         from proxy.modes.ipvs.choice import chosen
 
-        return chosen(settings, MODES["iptables"])
-    return MODES[name or settings.mode](settings)
+        mode = chosen(settings, MODES["iptables"])
+    else:
+        mode = MODES[settings.mode](settings)
+    if settings.userspace.localhost and settings.mode != "userspace":
+        from proxy.modes.userspace.localhost import WithLocalhost
+
+        return WithLocalhost(mode, settings.userspace.udp_idle_seconds)
+    return mode

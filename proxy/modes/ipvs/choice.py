@@ -25,7 +25,7 @@ def ipvs_mode(settings: Settings) -> IpvsMode:
     own = settings.ipvs
     timeouts = Timeouts(*(round(seconds) for seconds in (own.tcp_seconds, own.tcp_fin_seconds, own.udp_seconds)))
     return IpvsMode(
-        Options(own.scheduler or "rr", own.exclude_cidrs, own.strict_arp, timeouts),
+        Options(own.scheduler or "rr", own.exclude_cidrs, own.strict_arp, timeouts, own.drain_seconds),
         backend="legacy" if settings.iptables_backend == "legacy" else "nft" if settings.iptables_backend else None,
     )
 
