@@ -12,7 +12,6 @@ from cni import (
     delegate,
     gateways,
     hostport,
-    iptmasq,
     journal,
     masquerade,
     naming,
@@ -238,6 +237,8 @@ class _Adding:
             self.undoing("nftables", lambda: ruleset.remove(list(self.record.elements), self.tag))
             ruleset.apply(base, list(dict.fromkeys(elements)), first=first)
         if conf.ip_masq and conf.ip_masq_backend == "iptables":
+            from cni import iptmasq  # only who asks for it waits for its imports
+
             self.undoing("iptables", lambda: iptmasq.remove(self.tag))
             iptmasq.apply(networks, exceptions, self.tag)
         if any(hostport.needs_localhost(forward) for forward in forwards):

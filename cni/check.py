@@ -11,7 +11,6 @@ from cni import (
     delegate,
     gateways,
     hostport,
-    iptmasq,
     masquerade,
     naming,
     netconf,
@@ -185,6 +184,8 @@ def _rules(request: Request, conf: NetConf, networks: list[tuple[str, str]], vet
     """Check masquerade, host ports and spoof check. Raise `CniError`."""
     tag = ruleset.owner(request.network, request.container, request.ifname)
     if conf.ip_masq and conf.ip_masq_backend == "iptables":
+        from cni import iptmasq  # only who asked for it waits for its imports
+
         missing = iptmasq.missing(networks, conf.non_masquerade, tag)
         _refuse(f"masquerade of {missing} is missing" if missing else "")
     wanted: list[tuple[str, str]] = []

@@ -5,8 +5,8 @@ A mapping without hostIP is for both families that the pod has; 0.0.0.0 and :: a
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
+from _blake2 import blake2b  # hashlib would load all of OpenSSL
 from typing import NamedTuple
 
 from cni.netconf import PROTOCOLS, PortMapping
@@ -67,7 +67,7 @@ def keys(forward: Forward) -> list[str]:
 
 def chain_name(subnet: str) -> str:
     """Return the name of the chain for pods of one subnet that are reached through a host port."""
-    return "hairpin-" + hashlib.blake2b(subnet.encode(), digest_size=6).hexdigest()
+    return "hairpin-" + blake2b(subnet.encode(), digest_size=6).hexdigest()
 
 
 def chain(subnet: str) -> str:

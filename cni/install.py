@@ -27,7 +27,10 @@ def executable(*, only_ipam: bool) -> str:
     text = text.replace('ROOT = ""\n', f"ROOT = {str(here.parent)!r}\n", 1)
     if only_ipam:
         text = text.replace("ONLY_IPAM = False\n", "ONLY_IPAM = True\n", 1)
-    return f"#!{os.path.abspath(sys.executable)} -IS\n{text}"
+    interpreter = os.path.realpath(
+        sys.executable
+    )  # past the environment's link: it needs nothing that is installed there
+    return f"#!{interpreter} -IS\n{text}"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
+from _blake2 import blake2b  # hashlib would load all of OpenSSL
 
 from cni.ruleset import HERE
 
@@ -13,7 +13,7 @@ MULTICAST = {4: "224.0.0.0/4", 6: "ff00::/8"}
 def chain_name(subnet: str, exceptions: tuple[str, ...]) -> str:
     """Return the name of the chain for pods of one subnet with these exceptions."""
     text = "\n".join((subnet, *sorted(exceptions)))
-    return "network-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return "network-" + blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def chain(subnet: str, exceptions: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from _blake2 import blake2b  # hashlib would load all of OpenSSL
 from typing import NamedTuple
 
 _MARK = "pynet-cni"
@@ -28,7 +28,7 @@ def ifb_link(container: str, ifname: str) -> str:
 
 
 def _hash(container: str, ifname: str) -> str:
-    return hashlib.blake2b(f"{container}\0{ifname}".encode(errors="surrogateescape"), digest_size=8).hexdigest()[:11]
+    return blake2b(f"{container}\0{ifname}".encode(errors="surrogateescape"), digest_size=8).hexdigest()[:11]
 
 
 def alias(mark: Mark) -> str:

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from cni import ctl, delegate, iptmasq, journal, naming, netconf, ruleset, spec, wiring
+from cni import ctl, delegate, journal, naming, netconf, ruleset, spec, wiring
 from cni.context import Context
 from cni.ctl import step
 from cni.ipam import verbs as ipam
@@ -85,6 +85,8 @@ def clear(
     else:
         failures.attempt("nftables", lambda: ruleset.remove(list(record.elements), who.tag))
     if record is not None and record.iptables:
+        from cni import iptmasq  # only who asked for it waits for its imports
+
         failures.attempt("iptables", lambda: iptmasq.remove(who.tag))
     step("del-rules")
     failures.attempt("connections", lambda: flush(host, bridge, addresses, record.udp_ports if record else ()))

@@ -6,8 +6,8 @@ A pod adds elements, never rules: `masquerade4`/`masquerade6` send its addresses
 
 from __future__ import annotations
 
-import hashlib
 import re
+from _blake2 import blake2b  # hashlib would load all of OpenSSL
 from typing import NamedTuple
 
 from pynet.kernel import nftables
@@ -75,7 +75,7 @@ def owner(network: str, container: str, ifname: str) -> str:
     plain = f"{network} {container}/{ifname}"
     if _PLAIN.match(plain):
         return plain
-    return f"{network[:40]} {hashlib.blake2b(plain.encode(errors='surrogateescape'), digest_size=16).hexdigest()}"
+    return f"{network[:40]} {blake2b(plain.encode(errors='surrogateescape'), digest_size=16).hexdigest()}"
 
 
 def apply(base: str, elements: list[str], *, first: bool) -> None:

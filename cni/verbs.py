@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -99,13 +99,18 @@ def status(request: Request, environment: Mapping[str, str], context: Context, p
                     spec.CANNOT_ADD, "STATUS: fields vlan and vlanTrunk: this kernel's bridge cannot filter VLANs",
                     "it is built without CONFIG_BRIDGE_VLAN_FILTERING",
                 )  # fmt: skip
-    if (conf.ip_masq or conf.mac_spoof_check) and not shutil.which("nft", path=environment.get("PATH")):
+    if (conf.ip_masq or conf.mac_spoof_check) and not _has_nft(environment):
         raise CniError(spec.CANNOT_ADD, "STATUS: the program nft is missing: install the package nftables")
     if conf.ipam_type == ipam.TYPE:
         ipam.status(request, context)
     elif conf.ipam_type:
         delegate.run("STATUS", request, conf.ipam_type, environment)
     return ""
+
+
+def _has_nft(environment: Mapping[str, str]) -> bool:
+    folders = environment.get("PATH", os.defpath).split(":")
+    return any(os.access(f"{folder}/nft", os.X_OK) for folder in folders)
 
 
 _VERBS: dict[str, Callable[[Request, Mapping[str, str], Context, int], str]] = {

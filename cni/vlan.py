@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
+from _blake2 import blake2b  # hashlib would load all of OpenSSL
 
 from cni import spec
 from cni.netconf import NetConf
@@ -84,7 +84,7 @@ def gateway_name(conf: NetConf) -> str:
 def ensure_gateway_link(host: netlink.Socket, bridge: rtnl.Link, conf: NetConf) -> rtnl.Link:
     """Return the link that holds the gateway's address: a veth whose other end is a port in the VLAN."""
     name = gateway_name(conf)
-    port_name = "vlan" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()[:11]
+    port_name = "vlan" + blake2b(name.encode(), digest_size=8).hexdigest()[:11]
     if rtnl.link_named(host, name) is None:
         own = netns.own()
         try:

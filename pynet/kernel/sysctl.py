@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-_ROOT = Path("/proc/sys")
+_ROOT = "/proc/sys"
 
 
 class SysctlError(OSError):
@@ -14,7 +12,8 @@ class SysctlError(OSError):
 def read(name: str) -> str | None:
     """Return a sysctl's value, None where this kernel does not have it."""
     try:
-        return (_ROOT / name).read_text().strip()
+        with open(f"{_ROOT}/{name}") as file:
+            return file.read().strip()
     except FileNotFoundError:
         return None
 
@@ -25,7 +24,8 @@ def write(name: str, value: str | int) -> bool:
     if read(name) == text:
         return False
     try:
-        (_ROOT / name).write_text(text)
+        with open(f"{_ROOT}/{name}", "w") as file:
+            file.write(text)
     except OSError as error:
         raise SysctlError(error.errno, f"sysctl {name.replace('/', '.')} = {text}: {error.strerror}") from None
     return True
