@@ -215,6 +215,7 @@ class Flow(threading.Thread):
         self.done = threading.Event()
         self.sent = self.lost = 0
         self.longest = 0.0
+        self.answered = time.monotonic()
         self.error = ""
 
     def run(self) -> None:
@@ -233,11 +234,14 @@ class Flow(threading.Thread):
                 self.lost += 1
                 continue
             except OSError as error:
+                if not self.reliable:  # a datagram refused is a datagram lost; the client goes on
+                    self.lost += 1
+                    continue
                 self.error = str(error)
                 return
             now = time.monotonic()
             self.longest = max(self.longest, now - last)
-            last = now
+            self.answered = last = now
 
 
 flows: dict[str, Flow] = {}
@@ -258,10 +262,14 @@ def flow_end(request: Message) -> Message:
     flow = flows.pop(request["name"], None)
     if flow is None:
         return {"error": f"no flow {request['name']}"}
+    silence = round(time.monotonic() - flow.answered, 3)
     flow.done.set()
     flow.join(12)
     flow.client.close()
-    return {"sent": flow.sent, "lost": flow.lost, "longest": round(flow.longest, 3), "broken": flow.error}
+    return {
+        "sent": flow.sent, "lost": flow.lost, "longest": round(flow.longest, 3), "broken": flow.error,
+        "silence": silence,
+    }  # fmt: skip
 
 
 def ping(_request: Message) -> Message:

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 
-from . import daemons, kernel, nodes, pods, workloads
+from . import api, daemons, kernel, nodes, pods, workloads
 from . import topology as plan
 from .cluster import Lab
 from .progress import say
@@ -89,10 +89,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("index", type=int)
     command(group, "cut", "pull a node's cable").add_argument("node", metavar="NAME")
     command(group, "heal", "plug a node's cable in again").add_argument("node", metavar="NAME")
+    command(group, "flush", "remove pyproxy's rules from a node's kernel, as a careless hand does").add_argument(
+        "node", metavar="NAME"
+    )
     one = command(group, "restart", "start a node's daemons again")
     one.add_argument("node", metavar="NAME")
     one.add_argument("program", nargs="?", default="", metavar="pynetd|pyproxy", help="default: both")
     one.add_argument("--kill", action="store_true", help="end them with KILL, as a crash does")
+
+    one = command(commands, "api", "end the API server and start it again (lab up --api)")
+    one.add_argument("verb", choices=("restart",))
+    one.add_argument("--kill", action="store_true", help="end it with KILL, as a crash does")
 
     for verb, about in (("apply", "make objects of manifests"), ("delete", "remove the objects of manifests")):
         one = command(commands, verb, about + ": Service, EndpointSlice, Endpoints, Node, Pod, Deployment")
@@ -144,6 +151,7 @@ NODE_VERBS: dict[str, Callable[[Lab, argparse.Namespace], NodeRecord]] = {
     "cidr": lambda lab, given: nodes.recidr(lab, given.node, given.index),
     "cut": lambda lab, given: nodes.connect(lab, given.node, False),
     "heal": lambda lab, given: nodes.connect(lab, given.node, True),
+    "flush": lambda lab, given: nodes.flush(lab, given.node),
     "restart": lambda lab, given: nodes.restart(lab, given.node, given.program, kill=given.kill),
 }
 
@@ -155,6 +163,13 @@ def change(lab: Lab, arguments: argparse.Namespace) -> None:
     elif arguments.command == "node":
         node = NODE_VERBS[arguments.verb](lab, arguments)
         say(f"node {node.name}: {', '.join(node.addresses.values())}, pods {', '.join(node.pod_cidrs)}")
+    elif arguments.command == "api":
+        if lab.spec.api:  # a lab without one has nothing to restart, and scenarios are for both
+            api.stop(lab.folder, kill=arguments.kill)
+            api.start(lab.folder)
+            say("API server: started again")
+        else:
+            say("API server: this lab has none (lab up --api)")
     elif arguments.command == "scale":
         for line in workloads.scale(lab, arguments.deployment, arguments.replicas):
             say(line)

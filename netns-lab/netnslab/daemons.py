@@ -33,6 +33,7 @@ def command(folder: Folder, spec: Spec, node: NodeRecord, program: str) -> list[
         line += [f"--cluster-cidr={cluster}", *spec.pynetd_args]
     else:
         line += [f"--mode={spec.mode}", f"--hostname-override={node.name}", f"--cluster-cidr={cluster}"]
+        line.append("--audit-period=5s")  # a careless hand's work is undone while one looks on
         if spec.scheduler:
             line.append(f"--{'ipvs-' if spec.mode == 'ipvs' else ''}scheduler={spec.scheduler}")
         line += spec.pyproxy_args

@@ -130,3 +130,25 @@ def agent_lives(lab: Lab, name: str) -> bool:
     except LabError:
         return False
     return True
+
+
+FLUSH = """
+for tool in iptables ip6tables; do
+    for table in filter nat mangle; do
+        $tool -w 5 -t $table -S 2>/dev/null | grep -e '-j PYNET-\\|-g PYNET-' | grep -v '^-A PYNET-' | sed 's/^-A/-D/' |
+            while read -r rule; do eval "$tool -w 5 -t $table $rule"; done
+        chains=$($tool -w 5 -t $table -S 2>/dev/null | sed -n 's/^-N \\(PYNET-.*\\)/\\1/p')
+        for chain in $chains; do $tool -w 5 -t $table -F "$chain"; done
+        for chain in $chains; do $tool -w 5 -t $table -X "$chain"; done
+    done
+done 2>/dev/null
+nft list tables | grep 'pynet-proxy' | while read -r table family name; do nft delete table "$family" "$name"; done
+true
+"""
+
+
+def flush(lab: Lab, name: str) -> NodeRecord:
+    """Remove pyproxy's rules from a node's kernel behind its back."""
+    node = lab.node(name)
+    machine.run(machine.inside(node.netns, "sh", "-c", FLUSH))
+    return node

@@ -29,10 +29,11 @@ from .paths import (
 )
 from .progress import err, out, step
 from .state import LabError, PodRecord, key_of
-from .stories import NAMESPACE, Do, Flow, FlowEnd, Scenario
+from .stories import NAMESPACE, Do, Flow, FlowEnd, Put, Remove, Scenario
 
 TIMEOUT = 2.0  # seconds that one connection may take
 FIRST_TIMEOUT = 0.25  # the same at the first try, when a change may not have taken effect yet; doubled at each further
+ANSWERED = 1.0  # seconds since the last answer, for a flow that is said to be answered
 PAUSE = 0.03  # seconds between tries while a change takes effect
 
 
@@ -196,6 +197,11 @@ def play(lab: Lab, scenario: Scenario) -> list[Row]:
         first = batch[0]
         if isinstance(first, Do):
             rows += _do(lab, scenario, first)
+        elif isinstance(first, Put):
+            workloads.apply(lab, first.apply)
+            lab.sync()
+        elif isinstance(first, Remove):
+            workloads.delete(lab, first.delete)
         elif isinstance(first, Flow):
             _begin(lab, first)
         elif isinstance(first, FlowEnd):
@@ -232,6 +238,10 @@ def _end(lab: Lab, scenario: Scenario, given: FlowEnd) -> Row:
     reply = agents.ask(lab.folder, _flows.pop(given.flow_end), {"operation": "flow_end", "name": given.flow_end})
     expected = f"at most {given.lost} lost" if given.lost else "none lost"
     found = f"{reply['lost']} of {reply['sent']} lost, longest silence {reply['longest'] * 1000:.0f} ms"
+    if given.answered:
+        good = not reply["broken"] and reply["silence"] < ANSWERED
+        shown = f"{found}, last answer {reply['silence'] * 1000:.0f} ms ago"
+        return Row(scenario.name, given.path, "answered at the end", shown, good, "" if good else "it is stuck")
     if given.broken:  # whether it broke was a matter of chance
         return Row(scenario.name, given.path, "goes on or breaks", reply["broken"] or found, True)
     wrong = reply["broken"]
@@ -246,19 +256,22 @@ def _end(lab: Lab, scenario: Scenario, given: FlowEnd) -> Row:
 
 def _try_paths(lab: Lab, scenario: Scenario, paths: Sequence[Path]) -> list[Row]:
     stage = Stage(lab)
-    deadline = time.monotonic() + scenario.within
     jobs = [(path, family) for path in paths for family in lab.families if _has(path.target, family)]
 
     def attempt(job: tuple[Path, str]) -> Row:
         path, family = job
         begin = time.monotonic()
+        deadline = begin + scenario.within
         patience = FIRST_TIMEOUT
+        held = False
         while True:
             row = _attempt(stage, scenario, path, family, patience)
-            if row.ok or time.monotonic() > deadline:
+            if (row.ok and held) or time.monotonic() > deadline:
                 return msgspec.structs.replace(row, took=time.monotonic() - begin)
-            patience = min(2 * patience, TIMEOUT)
-            time.sleep(PAUSE)
+            held = row.ok  # the try in which a change took effect is half of before: another one has to hold wholly
+            if not held:
+                patience = min(2 * patience, TIMEOUT)
+                time.sleep(PAUSE)
 
     return pods.each_at_once(attempt, jobs, at_once=6)
 

@@ -1,7 +1,7 @@
 """The files of `scenarios/`: read and checked. Pure but for reading them.
 
 A scenario is manifests, and steps. A step is one of: a `path` (see `paths.Path`); `do`: a command of the lab, in its
-own words; `flow` and `flow-end`: a connection kept in use while the steps between are done. Paths next to each other
+own words; `apply` and `delete`: manifests; `flow` and `flow-end`: a connection kept in use while the steps between are done. Paths next to each other
 are tried at once, and again until they hold or `within` seconds are over: a change may take a moment.
 """
 
@@ -28,6 +28,18 @@ class Do(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fails: bool = False
 
 
+class Put(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Objects are made or changed, as `lab apply` does."""
+
+    apply: tuple[dict[str, Any], ...]
+
+
+class Remove(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Objects go, as by `lab delete`."""
+
+    delete: tuple[dict[str, Any], ...]
+
+
 class Flow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"origin": "from", "target": "to"}):
     """A connection that is used every 20 ms from here on; `flow` is its name."""
 
@@ -44,9 +56,10 @@ class FlowEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     lost: int = 0
     broken: bool = False
     longest: float = 0.0  # seconds without an answer that are allowed; 0: not looked at
+    answered: bool = False  # whatever got lost before, at its end it must be answered again
 
 
-Step = Do | Flow | FlowEnd | Path
+Step = Do | Put | Remove | Flow | FlowEnd | Path
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -126,11 +139,16 @@ def _placed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(raw: Any, where: str) -> Step:
-    kinds: dict[str, type[Step]] = {"do": Do, "flow": Flow, "flow-end": FlowEnd, "path": Path}
+    kinds: dict[str, type[Step]] = {
+        "do": Do, "apply": Put, "delete": Remove, "flow": Flow, "flow-end": FlowEnd, "path": Path,
+    }  # fmt: skip
     for field, kind in kinds.items():
         if isinstance(raw, Mapping) and field in raw:
             try:
-                return msgspec.convert(raw, kind)
+                step = msgspec.convert(raw, kind)
+                if isinstance(step, Put):
+                    return Put(tuple(_placed(each) for each in step.apply))
+                return Remove(tuple(_placed(each) for each in step.delete)) if isinstance(step, Remove) else step
             except msgspec.ValidationError as error:
                 raise BadScenario(f"{where}: {error}") from None
     raise BadScenario(f"{where}: expected one of {', '.join(kinds)}, found {raw!r}")
