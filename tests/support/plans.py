@@ -126,6 +126,8 @@ def servers_of(draw: st.DrawFn, world: World, *, most: int = 4) -> list[VirtualS
                 frontends.append(made)
         cluster = draw(_endpoints(world))
         local = tuple(endpoint for endpoint in draw(_endpoints(world)) if endpoint.local)
+        if any(REJECT in (made.pod, made.node, made.outside) for made in frontends):
+            cluster = local = ()  # a plan says so only where there is no endpoint at all
         found.append(
             server(
                 f"space/service-{number}",
