@@ -1,4 +1,4 @@
-"""A `Plan` as doors: one a frontend, each a local socket through which its connections come. Pure.
+"""A Service port as doors: a local socket through which connections to a frontend come. Pure.
 
 What refuses or drops for everybody has no door: that is for the kernel's rules, or for the closed port itself.
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import msgspec
 
-from proxy.plan import Action, Endpoint, Frontend, FrontendKind, Origin, Plan, ServerKey, VirtualServer, inside
+from proxy.plan import Action, Endpoint, Frontend, FrontendKind, Origin, ServerKey, VirtualServer, inside
 
 
 class DoorKey(msgspec.Struct, frozen=True, order=True, gc=False):
-    """What names a door: a Service port's frontend (empty address: node port)."""
+    """What names a door: a Service port's frontend (empty address: node port) and what becomes of its connections.
+
+    `action`: an `Action`'s value; empty: the door itself tells origins apart, by the client's address alone.
+    """
 
     server: ServerKey
     address: str
     port: int
+    action: str = ""
 
 
 class Door(msgspec.Struct, frozen=True, gc=False):
@@ -26,25 +30,21 @@ class Door(msgspec.Struct, frozen=True, gc=False):
     server: VirtualServer
 
 
-def doors(plan: Plan, *, only_node_ports: bool = False) -> dict[DoorKey, Door]:
-    """Return the doors of a plan."""
-    found = {}
-    for server in plan.servers.values():
-        for door in doors_of(server, only_node_ports=only_node_ports):
-            found[door.key] = door
-    return found
+def doors_of(server: VirtualServer, *, listen_only: bool = False) -> list[Door]:
+    """Return a Service port's doors: with rules before them one for each action, else one for each node port.
 
-
-def doors_of(server: VirtualServer, *, only_node_ports: bool = False) -> list[Door]:
-    """Return a Service port's doors. SCTP has none: it cannot be copied from socket to socket without its streams."""
+    SCTP has none: it cannot be copied from socket to socket without its streams.
+    """
     if server.key.protocol == "SCTP":
         return []
-    return [
-        Door(DoorKey(server.key, frontend.address, frontend.port), frontend, server)
-        for frontend in server.frontends
-        if (frontend.kind is FrontendKind.NODE_PORT or not only_node_ports)
-        and any(endpoints_for(server, frontend, origin) for origin in Origin)
-    ]
+    found: list[Door] = []
+    for frontend in server.frontends:
+        actions = {frontend.verdict_for(o).action.value for o in Origin if endpoints_for(server, frontend, o)}
+        if listen_only:
+            actions = {""} if actions and frontend.kind is FrontendKind.NODE_PORT else set()
+        names = (DoorKey(server.key, frontend.address, frontend.port, action) for action in sorted(actions))
+        found += (Door(name, frontend, server) for name in names)
+    return found
 
 
 def action_for(server: VirtualServer, frontend: Frontend, origin: Origin) -> Action:

@@ -75,10 +75,12 @@ def elements(plan: Plan, ports: Mapping[DoorKey, int]) -> Elements:
             spelled = where if frontend.address else f"{protocol} . {frontend.port}"
             if frontend.address:
                 found["frontends"].add(where)
-            port = ports.get(DoorKey(key, frontend.address, frontend.port))
             for origin, word in _ORIGINS.items():
+                action = frontend.verdict_for(origin).action.value
+                port = ports.get(DoorKey(key, frontend.address, frontend.port, action))
                 if endpoints_for(server, frontend, origin) and port is not None:
                     found[f"{kind}-{word}"].add(f"{spelled} : {port}")
+                    found["doors"].add(f"{protocol} . {port}")
                 else:
                     ends = action_for(server, frontend, origin)
                     found[f"end-{kind}-{word}"].add(f"{spelled} : {'drop' if ends is Action.DROP else 'goto refuse'}")
@@ -87,8 +89,6 @@ def elements(plan: Plan, ports: Mapping[DoorKey, int]) -> Elements:
                 found["ranges"].update(f"{where} . {network}" for network in _disjoint(frontend))
             if frontend.kind is FrontendKind.CLUSTER_IP:
                 found["ips"].add(frontend.address)
-            if port is not None:
-                found["doors"].add(f"{protocol} . {port}")
     return {name: frozenset(entries) for name, entries in found.items()}
 
 

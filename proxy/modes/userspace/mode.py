@@ -19,7 +19,7 @@ import msgspec
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.userspace import layout
 from proxy.modes.userspace.balancer import Balancer
-from proxy.modes.userspace.doors import Door, DoorKey, doors_of, endpoints_for, is_allowed
+from proxy.modes.userspace.doors import Door, DoorKey, doors_of, is_allowed
 from proxy.modes.userspace.tcp import Room, TcpDoor
 from proxy.modes.userspace.udp import UdpDoor
 from proxy.plan import (
@@ -88,10 +88,11 @@ class Chooser:
             balancer.failed(client, endpoint)
 
     def _balancer(self, client: str) -> Balancer | None:
-        origin = origin_of(self.settings, Packet(client, self.door.key.address), self.node_addresses)
-        if not endpoints_for(self.door.server, self.door.frontend, origin):
-            return None
-        action = self.door.frontend.verdict_for(origin).action
+        if self.door.key.action:
+            action = Action(self.door.key.action)
+        else:
+            origin = origin_of(self.settings, Packet(client, self.door.key.address), self.node_addresses)
+            action = self.door.frontend.verdict_for(origin).action
         return self._balancers.get((self._family, self.door.key.server, action))
 
 
@@ -240,7 +241,7 @@ class UserspaceMode:
         return gone, failed
 
     def _doors(self, server: VirtualServer) -> list[Door]:
-        return doors_of(server, only_node_ports=self._options.listen_only)
+        return doors_of(server, listen_only=self._options.listen_only)
 
     def _balance(self, family: Family, key: ServerKey, server: VirtualServer | None) -> None:
         for action in (Action.CLUSTER, Action.LOCAL):
