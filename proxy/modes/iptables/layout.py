@@ -114,7 +114,10 @@ def server_chains(server: VirtualServer, settings: NodeSettings) -> Chains:
 
 def directory(plan: Plan) -> Directory:
     """Return the trees that lead to the Service ports of `plan`."""
-    head = [] if uses_loopback(plan.family, plan.settings) else [f"-d {_LOOPBACK[plan.family]} -j RETURN"]
+    loopback = f"-d {_LOOPBACK[plan.family]} "
+    # With route_localnet a neighbour's packet to 127.0.0.1 comes in: node ports answer there for the node alone.
+    outsiders = "-m addrtype ! --src-type LOCAL " if uses_loopback(plan.family, plan.settings) else ""
+    head = [f"{loopback}{outsiders}-j RETURN"]
     made = Directory(plan.family, head)
     for server in plan.servers.values():
         made.add(*entrances(server, plan.settings))

@@ -242,6 +242,7 @@ _MATCHES: tuple[tuple[tuple[str | None, ...], Match], ...] = (
     (("-m", "comment", "--comment", None), lambda _r, _s, _t: True),
     (("-m", "addrtype", "--dst-type", "LOCAL"), lambda r, s: _is_local(r, s.to)),
     (("-m", "addrtype", "--src-type", "LOCAL"), lambda r, s: _is_local(r, s.source)),
+    (("-m", "addrtype", "!", "--src-type", "LOCAL"), lambda r, s: not _is_local(r, s.source)),
     (("-m", "mark", "--mark", None), _mark),
     (("-m", "mark", "!", "--mark", None), lambda r, s, both: not _mark(r, s, both)),
     (("-m", "conntrack", "--ctstate", None), _ct),
