@@ -17,7 +17,8 @@ from typing import Literal
 Backend = Literal["legacy", "nft"]
 Version = Literal[4, 6]
 BACKENDS: tuple[Backend, ...] = ("legacy", "nft")
-_WAIT_SECONDS = 5
+_WAIT_SECONDS = 10
+_RESOURCE_PROBLEM = 4  # exit code: the lock is held, or the kernel says to try again
 _GET_INFO = 64
 _GET_INFO_SIZE = 32 + 4 * 13
 _HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
@@ -26,11 +27,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class IptablesError(Exception):
-    """A program refused: what it said. `line`: the number of the rule file's line at fault, where it said that."""
+    """A program refused: what it said. `line`: the number of the rule file's line at fault, where it said that.
 
-    def __init__(self, message: str, line: int | None = None) -> None:
+    `transient`: it is not the rules' fault: another program holds the lock, or the program is missing.
+    """
+
+    def __init__(self, message: str, line: int | None = None, *, transient: bool = False) -> None:
         super().__init__(message)
         self.line = line
+        self.transient = transient
 
 
 class Tool:
@@ -56,6 +61,8 @@ class Tool:
 
     def rules_of(self, table: str, chain: str) -> list[str]:
         """Return one chain's rules as `-S` prints them; none where the chain is missing."""
+        if self.backend == "legacy" and table not in _legacy_tables(self.version):
+            return []
         try:
             return _run([self._stem, *self._wait(), "-t", table, "-S", chain]).splitlines()
         except IptablesError as error:
@@ -132,9 +139,14 @@ def _run(command: list[str], rules: str | None = None) -> str:
     try:
         done = subprocess.run(command, input=rules, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise IptablesError(f"the program {command[0]} is missing: install the package iptables") from None
+        message = f"the program {command[0]} is missing: install the package iptables"
+        raise IptablesError(message, transient=True) from None
     if done.returncode:
         said = done.stderr.strip()
         found = _LINE.findall(said)
-        raise IptablesError(f"{' '.join(command)}: exit {done.returncode}: {said}", int(found[-1]) if found else None)
+        raise IptablesError(
+            f"{' '.join(command)}: exit {done.returncode}: {said}",
+            int(found[-1]) if found else None,
+            transient=done.returncode == _RESOURCE_PROBLEM,
+        )
     return done.stdout

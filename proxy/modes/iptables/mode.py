@@ -205,7 +205,7 @@ class IptablesMode:
             names = re.findall(r"PYNET-[^ ]+", text)[:1]
             key = _owners(plan).get(names[0]) if names else None
             message = f"{error}; line {error.line}: {text}" if text else str(error)
-            raise ApplyError(message, [key] if key else []) from error
+            raise ApplyError(message, [key] if key else [], transient=error.transient) from error
 
 
 def parse(saved: str) -> Held:
@@ -249,7 +249,7 @@ def _saved(tool: Tool, table: str) -> str:
     try:
         return tool.save(table)
     except IptablesError as error:
-        raise ApplyError(str(error)) from error
+        raise ApplyError(str(error), transient=error.transient) from error
 
 
 def _owners(plan: Plan) -> dict[str, ServerKey]:
