@@ -74,22 +74,37 @@ class _End(asyncio.BufferedProtocol):
         self._pair = pair
         self.other: _End | None = None
         self.transport: asyncio.Transport | None = None
+        self.early = bytearray()
+        self.is_ended = False
+        self.is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.pause_reading()  # until the other end is there
+        # what the other end has read before this one was there; its reading cannot be held back that early
+        if self.other is not None and self.other.early:
+            transport.write(bytes(self.other.early))
+            self.other.early.clear()
+        if self.other is not None and self.other.is_lost:
+            transport.abort()
+        elif self.other is not None and self.other.is_ended:
+            transport.write_eof()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         return self._pair.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         other = self.other
-        if other is not None and other.transport is not None and not other.transport.is_closing():
+        if other is not None and other.transport is None:
+            self.early += self._pair.buffer[:nbytes]
+        elif other is not None and other.transport is not None and not other.transport.is_closing():
             # bytes(): what the transport cannot write at once it keeps, and the buffer is everybody's
             other.transport.write(bytes(self._pair.buffer[:nbytes]))
 
     def eof_received(self) -> bool:
+        if self.is_ended:
+            return True
+        self.is_ended = True
         other = self.other
         if other is not None and other.transport is not None and not other.transport.is_closing():
             with contextlib.suppress(OSError):
@@ -107,6 +122,7 @@ class _End(asyncio.BufferedProtocol):
             other.transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.is_lost = True
         self._pair.lost(self, error)
 
 
@@ -132,9 +148,6 @@ class Pair:
             self._done = lambda _: None
             self.reset()
             raise
-        for end in self._ends:
-            if end.transport is not None and not end.transport.is_closing():
-                end.transport.resume_reading()
 
     def ended(self) -> None:
         """One direction has ended; with both, the connection has."""
@@ -239,8 +252,12 @@ class TcpDoor:
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             pair = Pair(endpoint, self._room.buffer, self._ended)
-            await pair.join(client, server)
             self._pairs.add(pair)
+            try:
+                await pair.join(client, server)
+            except BaseException:
+                self._pairs.discard(pair)
+                raise
             is_joined = True
         finally:
             if not is_joined:
