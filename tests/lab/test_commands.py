@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from netnslab.main import main
 from support import sandbox
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -143,8 +145,10 @@ def test_logs_say_what_the_daemons_wrote(lab):
         (["node", "rm", "nobody"], "no node 'nobody'"),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_expected(lab, words, says):
-    assert says in " ".join(lab(*words, code=1).split())
+def test_a_mistake_is_answered_with_what_was_expected(lab, words, says, monkeypatch, capsys):
+    monkeypatch.setenv("LAB_NAME", lab.name)
+    assert main(words) == 1
+    assert says in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -157,8 +161,11 @@ def test_a_mistake_is_answered_with_what_was_expected(lab, words, says):
         ("a: [", "line 2, column 1"),
     ],
 )
-def test_a_bad_manifest_is_refused_by_field(lab, text, says):
-    assert says in lab("apply", "-", input=text, code=1)
+def test_a_bad_manifest_is_refused_by_field(lab, text, says, monkeypatch, capsys):
+    monkeypatch.setenv("LAB_NAME", lab.name)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["apply", "-"]) == 1
+    assert says in capsys.readouterr().err
 
 
 def test_up_repairs_what_has_ended(lab):

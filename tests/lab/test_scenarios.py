@@ -10,15 +10,12 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 KINDS = {
     "iptables": {},
-    "iptables legacy": {"iptables_backend": "legacy"},
-    "iptables round robin": {"scheduler": "rr"},
-    "iptables dual stack": {"ipv6": True},
-    "nftables": {"mode": "nftables"},
+    "iptables legacy, round robin, dual stack": {"iptables_backend": "legacy", "scheduler": "rr", "ipv6": True},
     "nftables dual stack": {"mode": "nftables", "ipv6": True},
     "userspace": {"mode": "userspace"},
     "ipvs": {"mode": "ipvs"},
-    "routed": {"topology": "routed"},
-    "routed dual stack": {"topology": "routed", "ipv6": True, "mode": "nftables"},
+    "routed, nftables": {"topology": "routed", "mode": "nftables"},
+    "routed, iptables, dual stack": {"topology": "routed", "ipv6": True},
 }
 PATHS = [name for name in stories.names() if not stories.load(name).changes_nodes]
 CHANGES = [name for name in stories.names() if stories.load(name).changes_nodes]
