@@ -272,12 +272,24 @@ def flow_end(request: Message) -> Message:
     }  # fmt: skip
 
 
+def flow_look(request: Message) -> Message:
+    """Return how long ago a flow's last answer came, seconds."""
+    return {"silence": round(time.monotonic() - flows[request["name"]].answered, 3)}
+
+
 def ping(_request: Message) -> Message:
     """Say that the process lives."""
     return {"pid": os.getpid()}
 
 
-OPERATIONS = {"ping": ping, "ask": ask, "http": http, "flow_begin": flow_begin, "flow_end": flow_end}
+OPERATIONS = {
+    "ping": ping,
+    "ask": ask,
+    "http": http,
+    "flow_begin": flow_begin,
+    "flow_look": flow_look,
+    "flow_end": flow_end,
+}
 
 
 def serve_control(connection: socket.socket) -> None:

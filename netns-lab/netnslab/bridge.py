@@ -189,6 +189,9 @@ class Bridge:
             elif pod is not None and key in self._pods and doomed and not pod.terminating:
                 with contextlib.suppress(_Busy), held(self.folder):
                     pods.remove_all(lab, [pod])
+                    self._pods.pop(key)  # a Deployment may make one of the same name at once: that is another pod
+                    if obj is not None:
+                        self._delete(resource, obj)
             elif pod is not None and (pod != self._pods.get(key) or obj is None):
                 self.server.put(merged(obj, pod_manifest(pod, lab)))
                 self._pods[key] = pod

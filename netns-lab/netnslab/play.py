@@ -235,7 +235,12 @@ _flows: dict[str, str] = {}  # name → the agent that keeps it
 
 
 def _end(lab: Lab, scenario: Scenario, given: FlowEnd) -> Row:
-    reply = agents.ask(lab.folder, _flows.pop(given.flow_end), {"operation": "flow_end", "name": given.flow_end})
+    agent = _flows.pop(given.flow_end)
+    deadline = time.monotonic() + (scenario.within if given.answered else 0)
+    look = {"operation": "flow_look", "name": given.flow_end}
+    while time.monotonic() < deadline and agents.ask(lab.folder, agent, look)["silence"] > ANSWERED / 2:
+        time.sleep(PAUSE)
+    reply = agents.ask(lab.folder, agent, {"operation": "flow_end", "name": given.flow_end})
     expected = f"at most {given.lost} lost" if given.lost else "none lost"
     found = f"{reply['lost']} of {reply['sent']} lost, longest silence {reply['longest'] * 1000:.0f} ms"
     if given.answered:

@@ -1,8 +1,9 @@
 """The files of `scenarios/`: read and checked. Pure but for reading them.
 
 A scenario is manifests, and steps. A step is one of: a `path` (see `paths.Path`); `do`: a command of the lab, in its
-own words; `apply` and `delete`: manifests; `flow` and `flow-end`: a connection kept in use while the steps between are done. Paths next to each other
-are tried at once, and again until they hold or `within` seconds are over: a change may take a moment.
+own words; `apply` and `delete`: manifests; `flow` and `flow-end`: a connection kept in use while the steps between are
+done. Paths next to each other are tried at once, and again until they hold or `within` seconds are over: a change may
+take a moment.
 """
 
 from __future__ import annotations

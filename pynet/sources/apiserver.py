@@ -6,6 +6,7 @@ the waiting, and what is told to the log.
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -113,27 +114,37 @@ class ApiServer:
     def _follow(self, kind: str, resource: Resource, stop: threading.Event) -> None:
         """List and watch one kind until `stop` is set, whatever the server does."""
         reflector = Reflector(kind, streaming=self._streaming, page=self._page)
-        failures = 0
-        told = ""
+        failures = relists = 0
+        told = False
         while not stop.is_set():
+            following = not reflector.listing
             outcome = self._exchange(reflector, resource, stop)
             if stop.is_set():
                 return
             if outcome.fields_unknown and resource.fields:
                 resource = Resource(resource.path, resource.labels)  # an older server; the objects say it as well
-            failures = 0 if outcome.fruitful or not outcome.problem else failures + 1
-            if outcome.problem and outcome.problem != told:
-                log.warning("watch interrupted; going on", extra=logs.fields(kind=kind, reason=outcome.problem))
-                told = outcome.problem
+            lost = following and reflector.listing  # the server answers, but our version is of no more use to it
+            failures = 0 if lost or outcome.fruitful or not outcome.problem else failures + 1
+            if lost:
+                relists += 1
+            elif following and outcome.fruitful:
+                relists = 0
+            if outcome.problem:
+                level = logging.DEBUG if told else logging.WARNING
+                log.log(level, "watch interrupted; going on", extra=logs.fields(kind=kind, reason=outcome.problem))
+                told = True
             elif told and outcome.fruitful:
                 log.info("watch goes on", extra=logs.fields(kind=kind, version=reflector.version))
-                told = ""
-            if failures:
-                first, longest = self._backoff
-                pause = min(first * 2 ** min(failures - 1, 16), longest) * random.uniform(0.5, 1.5)
-                stop.wait(max(pause, outcome.wait))
+                told = False
+            if failures or lost:
+                stop.wait(max(self._pause(max(failures, relists)), outcome.wait))
             elif outcome.barren:
-                stop.wait(self._backoff[0] * random.uniform(0.5, 1.5))
+                stop.wait(self._pause(1))
+
+    def _pause(self, attempt: int) -> float:
+        """Return how long to wait after so many failures in a row, seconds."""
+        first, longest = self._backoff
+        return float(min(first * 2 ** min(attempt - 1, 16), longest) * random.uniform(0.5, 1.5))
 
     def _exchange(self, reflector: Reflector, resource: Resource, stop: threading.Event) -> Outcome:
         """Ask once and take in the answer."""

@@ -1,0 +1,227 @@
+"""deploy/: what it says to a cluster and to systemd is what the programs take, and asks for no more than they use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from apiserver import Server
+from pynet.objects import Ref
+from pynet.sources.credentials import Credentials
+from pynet.sources.events import ApiEvents
+from pynet.sources.flags import source_from
+from pynet.sources.transport import Transport
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEPLOY = ROOT / "deploy"
+KUBECTL = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return [each for each in yaml.safe_load_all((DEPLOY / name).read_text()) if each]
+
+
+def container(name: str) -> dict[str, Any]:
+    (daemonset,) = documents(f"{name}.yaml")
+    (found,) = daemonset["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def arguments(name: str) -> list[str]:
+    """Return a daemon's arguments as the kubelet would pass them."""
+    values = dict(line.split("=", 1) for line in (DEPLOY / "cluster.env").read_text().split())
+    values["NODE_NAME"] = "node1"
+    return [re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word) for word in container(name)["args"]]
+
+
+def allowed(name: str) -> set[tuple[str, str, str]]:
+    """Return what a daemon's ClusterRole allows: group, resource, verb."""
+    (role,) = [each for each in documents("rbac.yaml") if each["metadata"]["name"] == f"pynet:{name}"
+               and each["kind"] == "ClusterRole"]  # fmt: skip
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("pyproxy", {"Service", "EndpointSlice", "Endpoints", "Node"}), ("pynetd", {"Node"})]
+)
+def test_a_role_allows_exactly_the_requests_that_are_made(name: str, kinds: set[str]) -> None:
+    seen: set[tuple[str, str, str]] = set()
+    for streaming in (True, False):
+        with Server(streaming=streaming) as server:
+            seen |= asked(server, name, kinds, set() if streaming else {"list"})
+    assert seen == allowed(name)
+
+
+def asked(server: Server, name: str, kinds: set[str], also: set[str]) -> set[tuple[str, str, str]]:
+    """Return what a daemon's source and Events ask of a server, when each kind was watched."""
+    args = argparse.Namespace(manifests=None, kubeconfig=None, master=server.url, kube_api_qps=0.0, kube_api_burst=None)
+    stop = threading.Event()
+    source = source_from(args, kinds, node="node1")
+    worker = threading.Thread(target=source.run, args=(lambda _batch: None, stop))
+    worker.start()
+    clock = iter(range(0, 9999, 700))  # far enough apart that a repetition is told: by a patch
+    events = ApiEvents(Transport(Credentials(None, server.url)), name, "node1", clock=lambda: float(next(clock)))
+    events.emit("A", "first", Ref("Service", "default", "a"))
+    events.emit("A", "again", Ref("Service", "default", "a"))
+    events.close()
+    plurals = {resource for _, resource, _ in allowed(name)} - {"events"}
+    wanted = {(plural, verb) for plural in plurals for verb in {"watch"} | also}
+    deadline = time.monotonic() + 20
+    while True:
+        seen = {(each.group, each.plural, each.verb) for each in list(server.requests)}
+        if {(plural, verb) for _, plural, verb in seen} >= wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    stop.set()
+    worker.join(10)
+    return seen
+
+
+def test_pyproxys_arguments_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from proxy import flags
+
+    words = [
+        word.replace("/etc/pynet/pyproxy.yaml", str(DEPLOY / "config/pyproxy.yaml")) for word in arguments("pyproxy")
+    ]
+    args, settings = flags.parse(words)
+    assert settings.node_name == "node1"
+    assert str(args.kubeconfig) == "/etc/pynet/kubeconfig"
+
+
+def test_pynetds_arguments_are_taken() -> None:
+    from cni.node import main
+
+    args = main._parser().parse_args(arguments("pynetd"))
+    assert args.node_name == "node1"
+
+
+@pytest.mark.parametrize("name", ["pyproxy", "pynetd"])
+def test_every_mount_has_its_volume_and_every_probe_its_port(name: str) -> None:
+    (daemonset,) = documents(f"{name}.yaml")
+    spec = daemonset["spec"]["template"]["spec"]
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    used = {
+        mount["name"] for each in spec["containers"] + spec.get("initContainers", []) for mount in each["volumeMounts"]
+    }
+    assert used == volumes
+    ports = {container(name)[probe]["httpGet"]["port"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert ports == ({10256} if name == "pyproxy" else {10270})
+
+
+def test_the_kubeconfig_of_the_config_map_can_be_read(tmp_path: Path) -> None:
+    document = yaml.safe_load((DEPLOY / "config/kubeconfig.yaml").read_text())
+    (tmp_path / "token").write_text("t")
+    document["users"][0]["user"]["tokenFile"] = str(tmp_path / "token")
+    document["clusters"][0]["cluster"].pop("certificate-authority")
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(document))
+    login = Credentials(tmp_path / "kubeconfig", "https://10.0.0.1:6443").login()
+    assert login.configuration.host == "https://10.0.0.1:6443"
+    assert login.configuration.auth_settings()["BearerToken"]["value"] == "Bearer t"
+
+
+@KUBECTL
+def test_one_command_deploys_all_of_it(tmp_path: Path) -> None:
+    with Server() as server:
+        (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+        environment = {**os.environ, "KUBECONFIG": str(tmp_path / "kubeconfig"), "HOME": str(tmp_path)}
+
+        def kubectl(*words: str) -> str:
+            done = subprocess.run(["kubectl", *words], env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        assert "daemonset.apps/pyproxy created" in kubectl("apply", "-k", str(DEPLOY))
+        again = kubectl("apply", "-k", str(DEPLOY)).splitlines()
+        assert all(line.endswith("unchanged") for line in again if "daemonset" not in line), again
+        daemonset = json.loads(kubectl("get", "ds", "pyproxy", "-n", "kube-system", "-o", "json"))
+        named = daemonset["spec"]["template"]["spec"]
+        assert named["containers"][0]["image"] == "pynet:0.1.0"
+        config = next(volume["configMap"]["name"] for volume in named["volumes"] if volume["name"] == "config")
+        assert json.loads(kubectl("get", "cm", config, "-n", "kube-system", "-o", "json"))["data"].keys() == {
+            "kubeconfig", "pyproxy.yaml",
+        }  # fmt: skip
+        kubectl("delete", "-k", str(DEPLOY))
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("name", ["pyproxy", "pynetd"])
+def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
+    unit = tmp_path / f"{name}.service"
+    text = (DEPLOY / "systemd" / unit.name).read_text()
+    unit.write_text(re.sub(r"/opt/pynet/venv/bin/\S+", "/bin/true", text))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    out = tmp_path_factory.mktemp("runtime")
+    subprocess.run([DEPLOY / "runtime/build", out], check=True, capture_output=True)
+    return out
+
+
+def version(executable: Path, *before: str) -> dict[str, Any]:
+    words = [*before, str(executable)]
+    done = subprocess.run(words, env={"CNI_COMMAND": "VERSION"}, input=b"", capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_runtime_runs_wherever_it_is_put(runtime: Path, tmp_path: Path) -> None:
+    for place in ("one", "another place"):
+        target = tmp_path / place
+        subprocess.run([DEPLOY / "runtime/install", runtime, target], check=True)
+        for name in ("pynet-cni", "pynet-ipam"):
+            assert "1.1.0" in version(target / name)["supportedVersions"]
+
+
+def test_a_second_install_changes_all_at_once(runtime: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bin"
+    subprocess.run([DEPLOY / "runtime/install", runtime, target], check=True)
+    other = tmp_path / "other"
+    shutil.copytree(runtime, other, symlinks=True)
+    (other / "pynet-runtime/VERSION").write_text("other\n")
+    subprocess.run([DEPLOY / "runtime/install", other, target], check=True)
+    assert os.readlink(target / "pynet-runtime") == ".pynet-other"
+    assert "1.1.0" in version(target / "pynet-cni")["supportedVersions"]
+    assert not list(target.glob("*.new")) and not list(target.glob(".*.new"))
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chroot")
+def test_the_runtime_needs_nothing_of_the_host(runtime: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "proc").mkdir(parents=True)
+    subprocess.run([DEPLOY / "runtime/install", runtime, root / "opt/cni/bin"], check=True)
+    script = 'mount -t proc proc "$0/proc" && exec chroot "$0" /opt/cni/bin/pynet-cni'
+    found = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, root], env={"CNI_COMMAND": "VERSION", "PATH": os.environ["PATH"]},
+        input=b"", capture_output=True, check=True,
+    )  # fmt: skip
+    assert "1.1.0" in json.loads(found.stdout)["supportedVersions"]
+
+
+def test_the_image_keeps_what_the_programs_need() -> None:
+    done = subprocess.run([sys.executable, DEPLOY / "image/prune", "-n"], capture_output=True, text=True, check=True)
+    kept = set(done.stdout.split())
+    assert {"pynet", "kubernetes", "msgspec", "pyroute2", "pyyaml", "prometheus-client", "urllib3"} <= kept
+    assert not {"pytest", "mypy", "scapy", "grpcio", "ruff"} & kept
