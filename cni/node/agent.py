@@ -16,7 +16,7 @@ import msgspec
 
 from cni.node import acceptance, conflist, forwarding, masquerading
 from cni.node.ledger import Ledger
-from cni.node.masquerade import LINK_LOCAL, masquerade
+from cni.node.masquerade import LINK_LOCAL, Masquerade, masquerade
 from cni.node.membership import Membership
 from cni.node.metrics import Metrics
 from cni.node.nodes import Member, Problem
@@ -64,11 +64,13 @@ class Agent:
         self._membership = Membership(options.ledger, options.pools)
         self._ways = Ways(options.settings, kernel, metrics)
         self._masquerading = masquerading.chosen(options.masquerade)
+        self._masqueraded: tuple[dict[str, Member], tuple[str, ...], Masquerade] | None = None
         self._writer = Writer(options.state_dir)
         self._watched: frozenset[int] = frozenset()
         self._quiet: frozenset[int] = frozenset()
         self._told: frozenset[Problem] = frozenset()
-        self._audited = -float("inf")
+        self._look = threading.Event()
+        self._looked = self._audited = -float("inf")
         self._accepted: tuple[str, ...] = ()
         self._accepted_at = -float("inf")
         self._closed: list[str] = []
@@ -89,12 +91,16 @@ class Agent:
 
     def on_event(self, event: Event) -> None:
         """Take the kernel's word of a change; ask for a reconcile where it can matter to us."""
-        if event.what in ("link", "neighbour"):
+        if event.what == "neighbour" and event.mac:
+            # the kernel does not say who made a forwarding entry: ours are known by what they say
+            relevant = event.index in self._watched and ((event.mac, event.remote) in self._ways.entries) == event.gone
+        elif event.what in ("link", "neighbour"):
             relevant = event.index in self._watched
         else:
             relevant = event.what != "address" or event.index not in self._quiet
         if relevant:
             log.debug("kernel event", extra=logs.fields(event=event))
+            self._look.set()
             self._runner.request()
 
     def run(self, stop: threading.Event) -> None:
@@ -110,7 +116,11 @@ class Agent:
             return
         members, problems = current
         audit = started - self._audited >= self._options.resync
-        outcome = self._ways.bring(members)
+        look = self._look.is_set() or started - self._looked >= self._pause
+        if look:
+            self._look.clear()
+            self._looked = started
+        outcome = self._ways.bring(members, look)
         want = outcome.want
         problems += [*want.problems, *outcome.problems]
         self.pod_cidrs = want.pod_cidrs
@@ -139,11 +149,16 @@ class Agent:
         self._quiet = frozenset(link.index for link in links if link.name == self._options.bridge)
 
     def _masquerade(self, members: dict[str, Member], want: Wanted, audit: bool) -> None:
+        if self._masqueraded is not None and self._masqueraded[:2] == (members, want.pod_cidrs):
+            self._masquerading.ensure(self._masqueraded[2], audit)
+            return
         direct = [*self._options.settings.cluster_cidrs, *self._options.non_masquerade]
         direct += [] if self._options.masquerade_link_local else LINK_LOCAL
         direct += [claim.cidr for member in members.values() for claim in member.claims]
         direct += [address for member in members.values() for address in member.addresses]
-        self._masquerading.ensure(masquerade(want.pod_cidrs, direct), audit)
+        sets = masquerade(want.pod_cidrs, direct)
+        self._masquerading.ensure(sets, audit)
+        self._masqueraded = (members, want.pod_cidrs, sets)
 
     def _forwarding(self, outcome: Outcome, problems: list[Problem]) -> None:
         want = outcome.want

@@ -29,7 +29,8 @@ from pynet.kernel.netevents import Watch
 from pynet.kernel.routes import Rtnetlink
 from pynet.netstate import family_of
 from pynet.sources import Source
-from pynet.sources.flags import NoSource, add_source_flags, source_from
+from pynet.sources.events import Events
+from pynet.sources.flags import NoSource, add_source_flags, events_from, source_from
 
 log = logs.get(__name__)
 STATE_DIR = Path("/run/pynet")
@@ -105,6 +106,7 @@ def _serve(arguments: list[str]) -> int:
         return _clean(args)
     try:
         source = source_from(args, {"Node"})
+        events = events_from(args, "pynetd", args.node_name or socket.gethostname().lower())
     except NoSource as error:
         parser.error(str(error))
     try:
@@ -125,7 +127,7 @@ def _serve(arguments: list[str]) -> int:
         masquerade=args.masquerade, pools=allocation, ledger=Ledger(args.manifests) if allocation else None,
     )  # fmt: skip
     try:
-        return _work(options, source, args.healthz_bind_address, args.metrics_bind_address)
+        return _work(options, source, events, args.healthz_bind_address, args.metrics_bind_address)
     except (http.BindError, OSError) as error:
         log.error("cannot start", extra=logs.fields(error=error))
         return 1
@@ -162,12 +164,12 @@ def _allocation(args: argparse.Namespace) -> tuple[Pool, ...]:
     return pools(args.cluster_cidr, {family: size for family, size in sizes.items() if size})
 
 
-def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> int:
+def _work(options: Options, source: Source, events: Events, healthz: str, metrics_bind: str) -> int:
     stop = lifecycle.stop_on_signals()
     metrics = Metrics()
     with Rtnetlink() as kernel:
         watch = Watch()
-        agent = Agent(options, metrics, kernel)
+        agent = Agent(options, metrics, kernel, events)
         servers = _http(agent, metrics, healthz, metrics_bind, options.state_dir)
         executable = Server(options.state_dir, on_request=metrics.cni_request)
         executable.start()
@@ -184,11 +186,13 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
         if options.ledger is not None:
             following = (agent.on_record, stop)
             threads.append(threading.Thread(target=options.ledger.watch, args=following, name="record", daemon=True))
+        threads.append(threading.Thread(target=_watchdog, args=(agent, stop), name="watchdog", daemon=True))
         for thread in threads:
             thread.start()
         agent.run(stop)
         lifecycle.notify("STOPPING=1")
         executable.close()
+        events.close()
         for server in servers:
             server.close()
         for thread in threads:
@@ -196,6 +200,15 @@ def _work(options: Options, source: Source, healthz: str, metrics_bind: str) -> 
         watch.close()
     log.info("stopped")
     return 0
+
+
+def _watchdog(agent: Agent, stop: threading.Event) -> None:
+    """Tell the service manager, where it asks for that, that reconciling works."""
+    period = lifecycle.watchdog_seconds()
+    while period is not None and not stop.wait(period):
+        since = agent.failing_since
+        if since is None or time.monotonic() - since <= _FAILING_LIMIT:
+            lifecycle.notify("WATCHDOG=1")
 
 
 def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str, state_dir: Path) -> list[http.Server]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 
@@ -45,7 +46,7 @@ def _merged(entries: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     four: list[ipaddress.IPv4Network] = []
     six: list[ipaddress.IPv6Network] = []
     for entry in set(entries):
-        network = ipaddress.ip_network(entry, strict=False)
+        network = _network(entry)
         if isinstance(network, ipaddress.IPv4Network):
             four.append(network)
         else:
@@ -54,6 +55,11 @@ def _merged(entries: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         tuple(str(network) for network in ipaddress.collapse_addresses(four)),
         tuple(str(network) for network in ipaddress.collapse_addresses(six)),
     )
+
+
+@lru_cache(maxsize=1 << 16)
+def _network(entry: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(entry, strict=False)
 
 
 def nft_table(wanted: Masquerade) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 
@@ -59,6 +60,7 @@ class Member(msgspec.Struct, frozen=True):
         return self.v6 if family == 6 else self.v4
 
 
+@lru_cache(maxsize=1 << 16)
 def number_of(address: str) -> int:
     """Return an address as a number; IPv6 ones lie above all of IPv4's (`::` is 2**129)."""
     parsed = ipaddress.ip_address(address)

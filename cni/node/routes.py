@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -85,6 +86,7 @@ class Wanted(msgspec.Struct, frozen=True):
     underlay: tuple[Underlay, ...] = ()
 
 
+@lru_cache(maxsize=1 << 14)
 def vtep_mac(address: str) -> str:
     """Return the MAC of the VXLAN device of the node with that underlay address: every node knows every other one's."""
     parsed = ipaddress.ip_address(address)
@@ -93,6 +95,7 @@ def vtep_mac(address: str) -> str:
     return (b"\x06\x70" + hashlib.sha256(parsed.packed).digest()[:4]).hex(":")
 
 
+@lru_cache(maxsize=1 << 14)
 def link_local(mac: str) -> str:
     """Return the IPv6 link-local address that a device with that MAC gives itself (RFC 4291, appendix A)."""
     raw = bytes.fromhex(mac.replace(":", ""))

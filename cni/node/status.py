@@ -66,7 +66,7 @@ class Writer:
 
     def _put(self, name: str, data: bytes) -> None:
         if self._last.get(name) != data:
-            files.replace(self._dir / name, data)
+            files.replace(self._dir / name, data, durable=False)
             self._last[name] = data
 
 

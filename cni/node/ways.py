@@ -1,7 +1,8 @@
 """Brings devices, neighbours, forwarding entries and routes to what `routes` decides.
 
-Every call reads all that it compares with (1,000 peers: 12 ms), so it needs no memory of what was done before: one that
-was cut short, or a change by another hand, is mended by the next.
+It reads all that it compares with (1,000 peers: 12 ms), so it needs no memory of what was done before: what was cut
+short, or changed by another hand, is mended. Only after a call that the kernel took as a whole, with no word of a
+change since, is what that call left taken for read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cni.node import overlay
 from cni.node.changes import Changes, difference
 from cni.node.metrics import Metrics
 from cni.node.nodes import Member, Problem
-from cni.node.routes import DEVICES, Settings, Wanted, describe, wanted
+from cni.node.routes import DEVICES, PROTOCOL, Settings, Wanted, describe, wanted
 from pynet.daemon import logs
 from pynet.kernel.netlink import NetlinkError
 from pynet.kernel.routes import Change, Refused, Rtnetlink
@@ -35,40 +36,52 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Ways:
-    """The ways to the other nodes' pods, in the namespace of `kernel`."""
+    """The ways to the other nodes' pods, in the namespace of `kernel`. `entries`: MAC and remote of each wanted entry
+    of the VXLAN devices, by which the kernel's word of our own changes is told from that of others'.
+    """
 
     def __init__(self, settings: Settings, kernel: Rtnetlink, metrics: Metrics) -> None:
         self._settings, self._kernel, self._metrics = settings, kernel, metrics
         self._last: tuple[Route, ...] | None = None
+        self._left: NetState | None = None
+        self.entries: frozenset[tuple[str, str]] = frozenset()
 
-    def bring(self, members: Mapping[str, Member]) -> Outcome:
-        """Bring the kernel to what the Nodes make wanted. Raise `NetlinkError` where it cannot even be read."""
+    def bring(self, members: Mapping[str, Member], look: bool = True) -> Outcome:
+        """Bring the kernel to what the Nodes make wanted; without `look`, from what the last call left. Raise
+        `NetlinkError` where it cannot even be read.
+        """
         kernel, problems = self._kernel, []
-        state = kernel.read(overlays=DEVICES.values())
+        state = kernel.read(overlays=DEVICES.values()) if look or self._left is None else self._left
+        self._left = None
         want = wanted(members, self._settings, state)
-        changed = False
+        changed = failed = False
         try:
             changed = overlay.ensure(kernel, want.devices, state)
         except NetlinkError as error:
             problems.append(Problem("VXLAN", str(error)))
+            failed = error.errno != _NO_SUCH_KIND
             settings = msgspec.structs.replace(self._settings, vxlan=False)
-            if error.errno == _NO_SUCH_KIND:
+            if not failed:
                 self._settings = settings
             want = wanted(members, settings, state)
         if changed:
             state = kernel.read(overlays=DEVICES.values())
             want = wanted(members, self._settings, state)
         changes = difference(want, state)
+        self.entries = frozenset((entry.mac, entry.remote) for entry in want.forwarding)
         refused = self._apply(changes) if changes else []
-        overlay.remove_others(kernel, want.devices, state)
+        removed = overlay.remove_others(kernel, want.devices, state)
         if changes:
             self._count(changes, want, {entry for entry, _ in refused})
+        if refused or removed or failed:
             state = kernel.read(overlays=DEVICES.values())
+        else:
+            state = self._left = _left(want, state)
         for entry, refusal in refused:
             what = f"route {entry.dst}" if isinstance(entry, Route) else f"entry {entry}"
             problems.append(Problem(what, f"the kernel refused it: {refusal.strerror}"))
         self._last = want.routes
-        return Outcome(want, state, tuple(problems), len(refused))
+        return Outcome(want, state, tuple(problems), len(refused) + failed)
 
     def _apply(self, changes: Changes) -> Refused:
         kernel = self._kernel
@@ -102,3 +115,11 @@ class Ways:
                 continue
             for route in done:
                 log.info(f"route {verb}", extra=logs.fields(route=describe(route), repaired=repaired))
+
+
+def _left(want: Wanted, state: NetState) -> NetState:
+    """Return what is there once everything wanted was done: others' routes, and ours as wanted."""
+    foreign = tuple(route for route in state.routes if route.protocol != PROTOCOL)
+    return msgspec.structs.replace(
+        state, routes=foreign + want.routes, neighbours=want.neighbours, forwarding=want.forwarding
+    )

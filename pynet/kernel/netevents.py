@@ -20,6 +20,8 @@ _NEWLINK, _DELLINK, _NEWADDR, _DELADDR = 16, 17, 20, 21
 _NEWROUTE, _DELROUTE, _NEWNEIGH, _DELNEIGH = 24, 25, 28, 29
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port of the cause
 _RTA_DST, _RTA_TABLE = 1, 15
+_NDA_DST, _NDA_LLADDR = 1, 2
+_AF_BRIDGE = 7
 _RTM_F_CLONED = 0x200
 _SCOPE_LINK = 253
 _SO_RCVBUFFORCE = 33
@@ -28,7 +30,8 @@ _SO_RCVBUFFORCE = 33
 class Event(msgspec.Struct, frozen=True):
     """Something changed. `what`: link, address, route, neighbour, or lost (events were dropped: look at all of it).
 
-    `gone`: it was deleted. `index`: the link. `protocol`, `dst`: of a route of the main table.
+    `gone`: it was deleted. `index`: the link. `protocol`, `dst`: of a route of the main table. `mac`, `remote`: of a
+    VXLAN device's forwarding entry.
     """
 
     what: str
@@ -36,6 +39,8 @@ class Event(msgspec.Struct, frozen=True):
     index: int = 0
     protocol: int = 0
     dst: str = ""
+    mac: str = ""
+    remote: str = ""
 
 
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # link, neighbour, IPv4 address and route, IPv6 address and route
@@ -93,7 +98,14 @@ def _event(kind: int, body: bytes) -> Event | None:
     if what == "link":
         return Event(what, gone, struct.unpack_from("=4xi", body)[0])
     if what == "neighbour":
-        return Event(what, gone, struct.unpack_from("=4xi", body)[0])
+        family, index = struct.unpack_from("=B3xi", body)
+        if family != _AF_BRIDGE:
+            return Event(what, gone, index)
+        attributes = netlink.attributes(body[12:])
+        remote = attributes.get(_NDA_DST, b"")
+        remote_family = socket.AF_INET if len(remote) == 4 else socket.AF_INET6
+        shown = socket.inet_ntop(remote_family, remote) if remote else ""
+        return Event(what, gone, index, mac=attributes.get(_NDA_LLADDR, b"").hex(":"), remote=shown)
     if what == "address":
         family, scope, index = struct.unpack_from("=BxxBI", body)
         return None if family == socket.AF_INET6 and scope == _SCOPE_LINK else Event(what, gone, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from apiserver import Server
+from pynet.kernel import netns as netns_of
 from support.netns import Names, programs
 from support.nodes import Cluster, Machine, until, write
 
@@ -378,6 +381,25 @@ def test_until_the_source_has_spoken_nothing_is_removed(own: Machine) -> None:
     assert own.ways() == {"10.244.2.0/24": "192.168.1.2 eth0"}
     hidden.rename(own.manifests)
     ways_are(own, {})
+
+
+def test_nodes_of_an_api_server(own: Machine, tmp_path: Path) -> None:
+    space = netns_of.open_path(own.space.path)
+    with netns_of.inside(space):
+        server = Server()
+    os.close(space)
+    try:
+        server.put(own.manifest(), own.manifest(name="n2", cidrs=["10.244.2.0/24"], ips=["192.168.1.2"]))
+        (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+        own.start(source=f"--kubeconfig={tmp_path / 'kubeconfig'}")
+        assert own.ways() == {"10.244.2.0/24": "192.168.1.2 eth0"}
+        server.put(own.manifest(name="n2", cidrs=["10.244.2.0/24"], ips=["192.168.1.3"]))
+        ways_are(own, {"10.244.2.0/24": "192.168.1.3 eth0"})
+        server.drop_connections()
+        server.delete(own.manifest(name="n2"))
+        ways_are(own, {})
+    finally:
+        server.stop()
 
 
 def test_status_prints_peers_and_reasons(own: Machine) -> None:

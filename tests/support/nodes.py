@@ -63,8 +63,8 @@ class Machine:
     def withdraw(self) -> None:
         (self.manifests / f"{self.name}.yaml").unlink()
 
-    def start(self, *flags: str, cluster: str | None = CLUSTER, ready: bool = True) -> None:
-        arguments = [f"--manifests={self.manifests}", f"--node-name={self.name}", f"--state-dir={self.state}"]
+    def start(self, *flags: str, cluster: str | None = CLUSTER, source: str = "", ready: bool = True) -> None:
+        arguments = [source or f"--manifests={self.manifests}", f"--node-name={self.name}", f"--state-dir={self.state}"]
         arguments += [f"--cni-conf-dir={self.conf}", *([f"--cluster-cidr={cluster}"] if cluster else []), *flags]
         with self.log.open("a") as log:
             self.agent = self.space.start(str(programs() / "pynetd"), *arguments, stderr=log)
