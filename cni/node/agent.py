@@ -30,6 +30,7 @@ from pynet.kernel.netevents import Event
 from pynet.kernel.routes import Rtnetlink
 from pynet.netstate import family_of
 from pynet.sources import Batch
+from pynet.sources.events import Events, NoEvents
 
 log = logs.get(__name__)
 _REST = 0.01  # seconds between the end of a reconcile and the start of the next
@@ -57,8 +58,9 @@ class Options(msgspec.Struct, frozen=True):
 class Agent:
     """One node's agent. `run` works in the calling thread; what is named `on_…` may be called from any other."""
 
-    def __init__(self, options: Options, metrics: Metrics, kernel: Rtnetlink) -> None:
+    def __init__(self, options: Options, metrics: Metrics, kernel: Rtnetlink, events: Events | None = None) -> None:
         self._options, self._metrics = options, metrics
+        self._events = events or NoEvents()
         self._pause = pause = min(options.resync, _LOOK_AT_FORWARD)
         self._runner = BoundedRunner(self._reconcile, min_interval=_REST, max_interval=pause, retry=_RETRY)
         self._membership = Membership(options.ledger, options.pools)
@@ -250,6 +252,8 @@ class Agent:
         now = frozenset(problems)
         for problem in sorted(now - self._told):
             log.warning("problem", extra=logs.fields(object=problem.object, reason=problem.reason))
+            if "foreign route" in problem.reason:  # what only a person can undo
+                self._events.emit("ForeignRoute", f"{problem.object}: {problem.reason}")
         for problem in sorted(self._told - now):
             log.info("problem is gone", extra=logs.fields(object=problem.object, reason=problem.reason))
         self._told = now
