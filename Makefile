@@ -5,9 +5,11 @@ JOBS ?= 4
 
 .PHONY: lab lab-down test test-unit test-vm lint format bench golden setup lock clean
 
+# a kernel without IPVS plays it in a virtual machine
+ON = $(if $(filter ipvs,$(MODE)),tools/with-ipvs)
+
 lab: setup
-	$(PY) netns-lab/lab up --mode $(MODE)
-	$(PY) netns-lab/lab check
+	$(ON) sh -c '$(PY) netns-lab/lab up --mode $(MODE) && $(PY) netns-lab/lab check'
 
 lab-down:
 	@[ ! -x $(PY) ] || $(PY) netns-lab/lab down

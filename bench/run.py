@@ -13,6 +13,7 @@ BENCHMARKS = {
     "sync.py": ["--sizes", "100,1000", "--runs", "1", "--changes", "30"],
     "first_packet.py": ["--sizes", "100,1000", "--runs", "1", "--connections", "500"],
     "churn.py": ["--services", "200", "--seconds", "3"],
+    "userspace.py": ["--requests", "300", "--seconds", "0.5", "--runs", "1"],
     "cni_latency.py": ["--quick"],
     "routes.py": ["--quick"],
     "apiserver.py": ["--quick"],

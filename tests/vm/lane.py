@@ -19,7 +19,7 @@ import pytest
 
 from vm import machine
 
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 1800
 
 
 def in_guest() -> bool:

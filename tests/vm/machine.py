@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "vm"
 GUEST = Path(__file__).with_name("guest")
 
+READY, EXIT = b"pynet-guest: ready", b"pynet-guest: exit "  # what the script `guest` says on its console
+
 # program that must be there → the Debian package that has it
 PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -172,11 +174,30 @@ def main(arguments: Sequence[str]) -> int:
         print(f"pynet: no virtual machine: {error}", file=sys.stderr)
         return 77
     print(f"pynet: booting {image.name} in a virtual machine, half a minute", file=sys.stderr)
-    machine = boot(list(arguments) or ["bash", "-i"], image, stdin=None)
+    machine = boot(list(arguments) or ["bash"], image, stdin=None, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        return machine.wait()
+        return _relayed(machine)
     finally:
         stop(machine)
+
+
+def _relayed(machine: subprocess.Popen[bytes]) -> int:
+    """Print what the command in the guest prints, without the kernel's own words; return its exit code."""
+    assert machine.stdout is not None
+    has_begun = False
+    console = []
+    for line in machine.stdout:
+        if not has_begun:
+            console.append(line)
+            has_begun = line.startswith(READY)
+        elif line.startswith(EXIT):
+            return int(line[len(EXIT) :])
+        else:
+            sys.stdout.buffer.write(line.replace(b"\r\n", b"\n"))
+            sys.stdout.buffer.flush()
+    sys.stderr.buffer.write(b"".join(console[-30:]))
+    print("pynet: the virtual machine ended before its command", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
