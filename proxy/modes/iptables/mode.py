@@ -19,6 +19,10 @@ from pynet.kernel.iptables import BACKENDS, Backend, IptablesError, Tool, Versio
 
 log = logs.get(__name__)
 _TABLES = ("filter", "nat")
+_EMPTY = {  # a table that comes to be when it is written
+    "filter": "".join(f":{chain} ACCEPT [0:0]\n" for chain in ("INPUT", "FORWARD", "OUTPUT")),
+    "nat": "".join(f":{chain} ACCEPT [0:0]\n" for chain in ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING")),
+}
 _RULES_AT_ONCE = 2000
 _OURS = re.compile(
     r"PYNET-(SERVICES|NODEPORTS|IPS|REJECT|DROP|POSTROUTING|INPUT|FORWARD|OUTPUT|REFUSE"
@@ -28,10 +32,14 @@ _VERSIONS: dict[Family, Version] = {Family.V4: 4, Family.V6: 6}
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What a table of the kernel holds: our chains with their rules, and which of our jumps."""
+    """What a table of the kernel holds: our chains with their rules, and which of our jumps.
+
+    `foreign`: how many entries of a legacy table are not ours.
+    """
 
     chains: Chains
     jumps: frozenset[tuple[str, str]]
+    foreign: int = 0
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -138,8 +146,10 @@ class IptablesMode:
         tool = self._tool(plan.family)
         script = ""
         wrong: list[tuple[str, str]] = []
+        foreign: dict[str, int] = {}
         for table in _TABLES:
-            held = parse(_saved(tool, table))
+            held = parse(_saved(tool, table) or _EMPTY[table])
+            foreign[table] = held.foreign
             differing = {name: rules for name, rules in wanted[table].items() if held.chains.get(name) != rules}
             gone = [name for name in held.chains if name not in wanted[table]]
             jumps = [jump for jump in _jumps(table) if jump not in held.jumps]
@@ -159,7 +169,7 @@ class IptablesMode:
             self._restore(tool, script, plan)
         if plan.family not in self._watchers:
             self._watchers[plan.family] = Watcher(tool)
-        self._watchers[plan.family].wrote_all(wanted)
+        self._watchers[plan.family].wrote_all(wanted, foreign)
         self._standing[plan.family] = Standing(plan, directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered), wrong
 
@@ -212,18 +222,23 @@ def parse(saved: str) -> Held:
     """Return what a saved table holds of ours."""
     chains: Chains = {}
     jumps = set()
+    foreign = 1  # the end of the table
     for line in saved.splitlines():
         if line.startswith(":"):
-            name = line[1:].partition(" ")[0]
+            name, policy, _ = line[1:].split(" ", 2)
             if _OURS.fullmatch(name):
                 chains[name] = []
+            else:
+                foreign += 2 if policy == "-" else 1
         elif line.startswith("-A "):
             _, chain, rule = line.split(" ", 2)
             if chain in chains:
                 chains[chain].append(rule)
-            elif rule.startswith("-j PYNET-"):
+            elif rule.startswith("-j PYNET-") and _OURS.fullmatch(rule[3:]) and (chain, rule[3:]) not in jumps:
                 jumps.add((chain, rule[3:]))
-    return Held(chains, frozenset(jumps))
+            else:
+                foreign += 1
+    return Held(chains, frozenset(jumps), foreign)
 
 
 def line_of(script: str, number: int | None) -> str:
@@ -235,7 +250,7 @@ def line_of(script: str, number: int | None) -> str:
 
 def _removal(table: str, held: Held) -> str:
     """Return the rule file that removes what is held of ours; empty where nothing is."""
-    jumps = [f"-D {builtin} -j {ours}" for builtin, ours in sorted(held.jumps) if _OURS.fullmatch(ours)]
+    jumps = [f"-D {builtin} -j {ours}" for builtin, ours in sorted(held.jumps)]
     if not jumps and not held.chains:
         return ""
     return layout.render(table, {}, held.chains, jumps)

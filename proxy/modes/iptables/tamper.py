@@ -1,7 +1,8 @@
 """Whether somebody else changed our chains: told from numbers that the kernel gives away cheaply.
 
 nft back end: nothing was committed since our own last write, or every chain of ours still has as many rules, and jumps
-to it, as were written. Legacy: the table has no fewer entries than after our own last write.
+to it, as were written. Legacy: the table has no fewer entries than it had, ours and other people's. What is expected is
+reckoned from what was written, never read after it: whoever writes at the same moment is noticed as well.
 """
 
 from __future__ import annotations
@@ -22,41 +23,41 @@ class Watcher:
 
     def __init__(self, tool: Tool) -> None:
         self._tool = tool
-        self._uses: dict[str, Counter[str]] = {}
         self._kernel = Nfnetlink() if tool.backend == "nft" else None
-        self._generation = 0
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._uses: dict[str, Counter[str]] = {}
+        self._generation = -1  # the last one after which `_uses` were seen in the kernel
+        self._entries: dict[str, int] = {}
 
     def close(self) -> None:
         """Give the socket back."""
         if self._kernel:
             self._kernel.close()
 
-    def wrote_all(self, chains: Mapping[str, Chains]) -> None:
-        """Note that the kernel holds exactly `chains` of ours, by table."""
-        self._uses = {table: _uses(found.items()) for table, found in chains.items()}
+    def wrote_all(self, chains: Mapping[str, Chains], foreign: Mapping[str, int]) -> None:
+        """Note that `chains` were written, by table; `foreign`: the entries beside them in a legacy table."""
+        self._generation = -1
+        for table, found in chains.items():
+            self._uses[table] = _uses(found.items()) if self._kernel else Counter()
+            self._entries[table] = foreign[table] + _entries(found)
         for table, _, ours in layout.JUMPS:
             self._uses[table][ours] += 1
-        self._note()
+            self._entries[table] += 1
 
     def wrote(self, table: str, before: Chains, after: Chains) -> None:
         """Note that chains of a table were replaced."""
+        self._entries[table] += _entries(after) - _entries(before)
+        self._generation = -1
+        if not self._kernel:
+            return
         uses = self._uses[table]
         uses.subtract(_uses(before.items()))
         uses.update(_uses(after.items()))
         for name in before.keys() - after.keys():
             del uses[name]
-        self._note()
 
     def noticed(self) -> bool:
         """Whether something of ours is missing or more."""
         return self._differs_in_nft() if self._kernel else self._differs_in_legacy()
-
-    def _note(self) -> None:
-        if self._kernel:
-            self._generation = self._kernel.generation()
-        else:
-            self._sizes = {table: legacy_size(self._tool.version, table) for table in self._uses}
 
     def _differs_in_nft(self) -> bool:
         assert self._kernel is not None
@@ -71,13 +72,13 @@ class Watcher:
         return False
 
     def _differs_in_legacy(self) -> bool:
-        for table, noted in self._sizes.items():
-            size = legacy_size(self._tool.version, table)
-            if size == noted:
+        for table, expected in self._entries.items():
+            entries, _ = legacy_size(self._tool.version, table)
+            if entries == expected:
                 continue
-            if size < noted or self._lacks_jump(table):
+            if entries < expected or self._lacks_jump(table):
                 return True
-            self._sizes[table] = size
+            self._entries[table] = entries
         return False
 
     def _lacks_jump(self, table: str) -> bool:
@@ -98,3 +99,8 @@ def _uses(chains: Iterable[tuple[str, list[str]]]) -> Counter[str]:
             if target.startswith(layout.PREFIX):
                 uses[target] += 1
     return uses
+
+
+def _entries(chains: Chains) -> int:
+    """Return how many entries chains take in a legacy table: one a rule, and two a chain (its name, its end)."""
+    return sum(2 + len(rules) for rules in chains.values())
