@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -154,6 +155,34 @@ def _element(element: Element) -> bytes:
     return blob
 
 
+# length and first bytes of an element that is a key, or a key and a value → where they are, and what is in between
+Shapes = dict[tuple[int, bytes], tuple[int, int, int, int, bytes]]
+
+
+def _all_parsed(blob: bytes, shapes: Shapes) -> Iterator[Element]:
+    """Yield the elements of a message. In one set nearly all have one shape, known after the first: ten times faster."""
+    at = 0
+    while at + 4 <= len(blob):
+        length = int.from_bytes(blob[at : at + 2], sys.byteorder)
+        if length < 4:
+            return
+        body = blob[at + 4 : at + length]
+        at += (length + 3) & ~3
+        shape = shapes.get((length, body[:8]))
+        if shape and body[shape[1] : shape[2]] == shape[4]:
+            yield Element(body[8 : shape[0]], body[shape[2] : shape[3]])
+            continue
+        element = _parsed(memoryview(body))
+        yield element
+        if element == Element(element.key, element.data):
+            key_end = 8 + len(element.key)
+            between = (key_end + 3) & ~3
+            start = between + 8 if element.data else between
+            end = start + len(element.data)
+            if (end + 3) & ~3 == len(body) + (-len(body) % 4) and body[8:key_end] == element.key:
+                shapes[length, body[:8]] = (key_end, between, start, end, body[between:start])
+
+
 def _parsed(blob: memoryview) -> Element:
     key = data = end = b""
     chain = ""
@@ -289,11 +318,11 @@ class Nfnetlink:
 
     def elements(self, family: str, table: str, name: str) -> Iterator[Element]:
         """Yield the elements of a set or map. Raise `NfnetlinkError`: ENOENT when there is none of that name."""
+        shapes: Shapes = {}
         for _, payload in self._ask(GETSETELEM, family, string(1, table) + string(2, name), _DUMP):
             for kind, value in attributes(payload[4:]):
                 if kind == 3:
-                    for _, blob in attributes(value):
-                        yield _parsed(blob)
+                    yield from _all_parsed(bytes(value), shapes)
 
     def _ask(self, kind: int, family: str, payload: bytes, flags: int) -> list[tuple[int, memoryview]]:
         self._sequence += 1

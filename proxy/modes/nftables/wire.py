@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from proxy.modes.nftables.names import PROTOCOLS, Words
 from pynet.kernel.nfnetlink import Element
@@ -96,13 +97,18 @@ def _packed(field: str, word: str) -> bytes:
     return bytes((_PROTOCOL_NUMBERS[word], 0, 0, 0))
 
 
+@lru_cache(maxsize=65536)
+def _address(blob: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(blob) == 4 else socket.AF_INET6, blob)
+
+
 def _split(words: Words, fields: Fields, blob: bytes) -> str:
     found = []
     at = 0
     for field in fields:
         if field == "address":
             size = 4 if words.ip == "ip" else 16
-            found.append(socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, blob[at : at + size]))
+            found.append(_address(blob[at : at + size]))
         elif field == "port":
             size = 4
             found.append(str(blob[at] << 8 | blob[at + 1]))

@@ -12,7 +12,7 @@ from proxy.modes import ApplyError
 from proxy.modes.nftables.base import pick_chain
 from proxy.modes.nftables.mode import Nftables
 from proxy.modes.nftables.names import KINDS, PROTOCOLS, TABLE, WORDS
-from proxy.modes.nftables.picks import pick_rule
+from proxy.modes.nftables.picks import own_bytes
 from proxy.plan import (
     Endpoint,
     Family,
@@ -24,7 +24,7 @@ from proxy.plan import (
     Plan,
     PlanChange,
 )
-from pynet.kernel.nfnetlink import Nfnetlink
+from pynet.kernel.nfnetlink import Nfnetlink, new_chain
 from support.netns import Names, Namespace
 from support.plans import (
     CLUSTER,
@@ -200,21 +200,23 @@ def test_our_encoder_writes_the_rules_that_nft_writes(netns: Names) -> None:
         mode.sync([plan(), plan(family=Family.V6)])
         kernel = Nfnetlink()
         for words in WORDS.values():
-            for kind in KINDS:
-                for which in ("cluster", "local"):
-                    for protocol in PROTOCOLS:
-                        name, (rule,) = pick_chain(words, kind, which, protocol, 3)
-                        here.run(
-                            "nft", f"add chain {words.ip} {TABLE} {name}; add rule {words.ip} {TABLE} {name} {rule}"
-                        )
-                        by_nft = kernel.rules(words.ip, TABLE, name)[name]
-                        here.run("nft", f"delete chain {words.ip} {TABLE} {name}")
-                        from pynet.kernel.nfnetlink import new_chain
-
-                        kernel.batch(
-                            list(new_chain(words.ip, TABLE, name, [pick_rule(words, kind, which, protocol, 3)]))
-                        )
-                        assert kernel.rules(words.ip, TABLE, name)[name] == by_nft
+            chains = [
+                pick_chain(words, kind, w, p, 3) for kind in KINDS for w in ("cluster", "local") for p in PROTOCOLS
+            ]
+            for protocol in PROTOCOLS:
+                name = f"turn-{protocol}"
+                kind = f"{{ typeof numgen inc mod 2 : {words.ip} daddr . {protocol} dport ; }}"
+                here.run("nft", f"add map {words.ip} {TABLE} {name} {kind}")
+                choice = f"dnat {words.ip} addr . port to numgen inc mod 5 map @{name}"
+                chains.append((f"{name}-5", (f"meta l4proto {protocol} {choice}",)))
+            for name, rules in chains:
+                here.run("nft", f"add chain {words.ip} {TABLE} {name}; add rule {words.ip} {TABLE} {name} {rules[0]}")
+                by_nft = kernel.rules(words.ip, TABLE, name)[name]
+                here.run("nft", f"delete chain {words.ip} {TABLE} {name}")
+                ours = own_bytes(words, name, rules)
+                assert ours is not None
+                kernel.batch(list(new_chain(words.ip, TABLE, name, ours)))
+                assert kernel.rules(words.ip, TABLE, name)[name] == by_nft
         kernel.close()
 
 
