@@ -8,11 +8,12 @@ touched, and told. The chain is decided purely; `ensure` applies it.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 
 from pynet.daemon import logs
 from pynet.kernel import nftables
-from pynet.kernel.iptables import BACKENDS, IptablesError, Tool, Version
+from pynet.kernel.iptables import BACKENDS, Backend, IptablesError, Tool, Version
 from pynet.netstate import family_of
 
 log = logs.get(__name__)
@@ -49,6 +50,8 @@ def ensure(cidrs: Iterable[str]) -> list[str]:
     complaints: list[str] = []
     for backend in BACKENDS:
         for version in VERSIONS:
+            if not _exists(backend, version):
+                continue
             try:
                 _ensure(Tool(backend, version), accepting(wanted, version))
             except IptablesError as error:
@@ -81,6 +84,8 @@ def remove() -> bool:
     found = False
     for backend in BACKENDS:
         for version in VERSIONS:
+            if not _exists(backend, version):
+                continue
             tool = Tool(backend, version)
             rules = _rules(tool, "FORWARD")
             if jump_at(rules):
@@ -109,6 +114,11 @@ def _ensure(tool: Tool, wanted: list[str]) -> None:
     tool.change("filter", ["-I", "FORWARD", str(there), *_JUMP] if there else ["-A", "FORWARD", *_JUMP])
     fields = logs.fields(backend=tool.backend, family=f"IPv{tool.version}", chain=CHAIN)
     log.info("FORWARD is closed; pods are let pass", extra=fields)
+
+
+def _exists(backend: Backend, version: Version) -> bool:
+    """Say whether a back end's program is installed: without it, nothing of it is closed that could be opened."""
+    return shutil.which(f"ip{'6' if version == 6 else ''}tables-{backend}") is not None
 
 
 def _rules(tool: Tool, chain: str) -> list[str]:

@@ -12,7 +12,7 @@ from cni.node import conflist
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """The addresses of one pod CIDR that pods may have."""
+    """The addresses of one family that pods may have; `cidr`: where they are, several with commas."""
 
     cidr: str
     used: int
@@ -20,7 +20,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 def usage(pod_cidrs: tuple[str, ...], state_dir: Path) -> list[Usage]:
-    """Return the use of each pod CIDR by the network that the agent configures. Raise `CniError`, `Damaged`."""
+    """Return the use of the pod CIDRs by the network that the agent configures. Raise `CniError`, `Damaged`."""
     if not pod_cidrs:
         return []
     content = conflist.conflist(pod_cidrs, 0, "", state_dir)
@@ -29,8 +29,9 @@ def usage(pod_cidrs: tuple[str, ...], state_dir: Path) -> list[Usage]:
     store = Store(conf.data_dir, conf.network)
     try:
         found = []
-        for cidr, range_set in zip(pod_cidrs, conf.sets, strict=True):
+        for raw, range_set in zip(conflist.ranges(pod_cidrs), conf.sets, strict=True):
             free = store.free(range_set)
+            cidr = ",".join(entry["subnet"] for entry in raw)
             found.append(Usage(cidr, allocator.capacity(range_set) - free, free))
         return found
     finally:

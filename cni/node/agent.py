@@ -122,7 +122,12 @@ class Agent:
         if look:
             self._look.clear()
             self._looked = started
-        outcome = self._ways.bring(members, look)
+        try:
+            outcome = self._ways.bring(members, look)
+        except Exception:
+            self.failing_since = self.failing_since or started
+            self._look.set()
+            raise
         want = outcome.want
         problems += [*want.problems, *outcome.problems]
         self.pod_cidrs = want.pod_cidrs

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from pynet import files
+from pynet.netstate import family_of
 
 NAME = "10-pynet.conflist"
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -35,11 +36,19 @@ def conflist(pod_cidrs: tuple[str, ...], mtu: int, bridge: str, state_dir: Path)
                 "hairpinMode": True,
                 "mtu": mtu,
                 "stateDir": str(state_dir),
-                "ipam": {"type": "pynet-ipam", "ranges": [[{"subnet": cidr}] for cidr in pod_cidrs]},
+                "ipam": {"type": "pynet-ipam", "ranges": ranges(pod_cidrs)},
                 "capabilities": {"portMappings": True, "bandwidth": True},
             }
         ],
     }
+
+
+def ranges(pod_cidrs: tuple[str, ...]) -> list[list[dict[str, str]]]:
+    """Return IPAM's range sets: one for each family, as a pod gets one address of each set."""
+    by_family: dict[int, list[dict[str, str]]] = {}
+    for cidr in pod_cidrs:
+        by_family.setdefault(family_of(cidr), []).append({"subnet": cidr})
+    return list(by_family.values())
 
 
 def write(folder: Path, content: dict[str, Any]) -> bool:

@@ -102,8 +102,9 @@ def _serve(arguments: list[str]) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     lifecycle.configure_logs("pynetd", args)
+    args.state_dir = args.state_dir.absolute()
     if args.cleanup:
-        return _clean(args)
+        return _clean(args) if _root() else 1
     try:
         source = source_from(args, {"Node"})
         events = events_from(args, "pynetd", args.node_name or socket.gethostname().lower())
@@ -113,7 +114,7 @@ def _serve(arguments: list[str]) -> int:
         allocation = _allocation(args)
     except BadPool as error:
         parser.error(str(error))
-    lock = _locked(args.state_dir)
+    lock = _locked(args.state_dir) if _root() else None
     if lock is None:
         return 1
     name = args.node_name or socket.gethostname().lower()
@@ -133,6 +134,14 @@ def _serve(arguments: list[str]) -> int:
         return 1
     finally:
         os.close(lock)
+
+
+def _root() -> bool:
+    """Say whether the process may do what it is for; log it where it may not."""
+    if os.geteuid() == 0:
+        return True
+    log.error("pynetd needs root: it writes routes, links and rules of this network namespace")
+    return False
 
 
 def _clean(args: argparse.Namespace) -> int:

@@ -189,11 +189,13 @@ class Auto:
 
     def ensure(self, wanted: Masquerade, audit: bool) -> bool:
         """As the way in use does."""
+        if self._settled:
+            return self._way.ensure(wanted, audit)
         try:
             changed = self._way.ensure(wanted, audit)
+            with contextlib.suppress(IptablesError, IpsetError):
+                Iptables().remove()
         except NftError as error:
-            if self._settled:
-                raise
             other = Iptables()
             try:
                 changed = other.ensure(wanted, audit)

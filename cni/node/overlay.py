@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from cni.node.routes import DEVICES, Device
 from pynet.daemon import logs
+from pynet.kernel.netlink import NetlinkError
 from pynet.kernel.routes import Rtnetlink
-from pynet.netstate import NetState
+from pynet.netstate import NetState, family_of
 
 log = logs.get(__name__)
 ALIAS = "pynetd"
@@ -36,10 +37,23 @@ def ensure(kernel: Rtnetlink, devices: Iterable[Device], state: NetState) -> boo
             changed = True
         for entry in device.addresses:
             if entry not in present:
-                address, _, length = entry.partition("/")
-                kernel.set_address(device.name, address, int(length))
-                changed = True
+                changed = _give_address(kernel, device.name, entry) or changed
     return changed
+
+
+def _give_address(kernel: Rtnetlink, dev: str, entry: str) -> bool:
+    """Give a device an address; where IPv6 is switched off, IPv4 goes on without it, and the routes tell. Return
+    whether it was given. Raise `NetlinkError`.
+    """
+    address, _, length = entry.partition("/")
+    try:
+        kernel.set_address(dev, address, int(length))
+    except NetlinkError as error:
+        if family_of(address) == 4:
+            raise
+        log.debug("no IPv6 address on the VXLAN device", extra=logs.fields(dev=dev, error=error))
+        return False
+    return True
 
 
 def remove_others(kernel: Rtnetlink, devices: Iterable[Device], state: NetState) -> bool:

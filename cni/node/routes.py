@@ -141,6 +141,8 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
             reaches += _reaches(members[name], here, claims)
     blocked, problems = _in_the_way(reaches, foreign, claims, settings)
     reaches = [_blocked(reach, blocked) for reach in reaches]
+    if settings.name not in members:
+        problems += (Problem(f"Node {settings.name}", "there is none; --node-name says which Node is this machine"),)
     held = [claim.cidr for claim in own.claims if claims.holder(claim.first, claim.last) == (claim, own.name)]
     routes = [route for reach in reaches for route in reach.routes]
     routes += [route for route in unclaimed(settings.cluster_cidrs) if route.dst not in blocked]

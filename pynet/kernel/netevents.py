@@ -25,6 +25,7 @@ _AF_BRIDGE = 7
 _RTM_F_CLONED = 0x200
 _SCOPE_LINK = 253
 _SO_RCVBUFFORCE = 33
+_PAUSE = 1.0  # seconds after an error that is no overrun
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -71,9 +72,9 @@ class Watch:
             except TimeoutError:
                 continue
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
                 deliver(Event("lost"))
+                if error.errno != errno.ENOBUFS:
+                    stop.wait(_PAUSE)
                 continue
             for event in _events(data, own_port):
                 deliver(event)

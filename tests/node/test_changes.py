@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cni.node.changes import Changes, difference
@@ -60,6 +60,7 @@ FORWARDING = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(ROUTES, NEIGHBOURS, FORWARDING, ROUTES, st.lists(FOREIGN, unique=True), NEIGHBOURS, FORWARDING)
 def test_every_state_leads_to_the_wanted_one(
     routes: list[Route],

@@ -260,6 +260,16 @@ def test_a_link_of_somebody_else_s_with_our_device_s_name_is_left_alone(own: Mac
     assert "a foreign link has the name" in json.dumps(own.status())
 
 
+def test_with_ipv6_switched_off_ipv4_goes_on(own: Machine) -> None:
+    own.space.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
+    near(own, 2)
+    far(own, 3)
+    own.start(ready=False)
+    until("IPv4", lambda: set(own.ways()) == {"10.244.2.0/24", "10.244.3.0/24"})
+    until("ready", lambda: own.get("/readyz")[0] == 200)
+    assert "no IPv6" in own.problems() or "fd00:244" in json.dumps(own.status()["peers"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_restart_changes_nothing(own: Machine, number: int) -> None:
     near(own, 2)

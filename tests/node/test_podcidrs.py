@@ -49,7 +49,7 @@ def test_the_order_of_arrival_does_not_matter_where_names_do_not_collide() -> No
     assert assign({"a", "b"}, (), {}, DUAL)["a"] == one["a"]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=6))
 def test_whoever_comes_and_goes_nobody_moves_and_none_overlap(story: list[set[str]]) -> None:
     record: dict[str, tuple[str, ...]] = {}
@@ -62,6 +62,7 @@ def test_whoever_comes_and_goes_nobody_moves_and_none_overlap(story: list[set[st
         record = after
 
 
+@settings(deadline=None)
 @given(NAMES, st.sets(st.sampled_from(["10.0.0.0/31", "10.0.0.4/30", "10.0.0.3/32", "192.168.0.0/16", "junk"])))
 def test_what_nodes_have_by_themselves_is_given_to_nobody(names: set[str], taken: set[str]) -> None:
     record = assign(names, taken, {}, TINY)

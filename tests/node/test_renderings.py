@@ -71,6 +71,14 @@ def test_the_network_configuration_leaves_the_masquerade_to_the_agent(tmp_path: 
     assert content["cniVersion"] in content["cniVersions"]
 
 
+def test_two_pod_cidrs_of_a_family_are_one_range_set() -> None:
+    """A pod gets one address of each set."""
+    assert conflist.ranges(("10.1.0.0/24", "fd00::/64", "10.2.0.0/24")) == [
+        [{"subnet": "10.1.0.0/24"}, {"subnet": "10.2.0.0/24"}],
+        [{"subnet": "fd00::/64"}],
+    ]
+
+
 def test_the_network_configuration_is_put_there_by_rename_and_for_root_only(tmp_path: Path) -> None:
     folder = tmp_path / "net.d"
     content = conflist.conflist(("10.244.1.0/24",), 1450, "pynet0", tmp_path)

@@ -287,6 +287,7 @@ def test_without_a_node_of_our_own_the_others_are_reached_all_the_same() -> None
     want = wanted(members(node("peer", "10.244.2.0/24", ip="192.168.1.2")), Settings("own"), HERE)
     assert [route.dst for route in want.routes] == ["10.244.2.0/24"]
     assert want.pod_cidrs == ()
+    assert "Node own: there is none" in " ".join(f"{each.object}: {each.reason}" for each in want.problems)
 
 
 def test_a_peer_that_nothing_leads_to_gets_no_route() -> None:
