@@ -17,6 +17,7 @@ BENCHMARKS = {
     "cni_latency.py": ["--quick"],
     "routes.py": ["--quick"],
     "apiserver.py": ["--quick"],
+    "runtime.py": ["--quick"],
 }
 
 
