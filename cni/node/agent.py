@@ -33,7 +33,7 @@ from pynet.sources import Batch
 from pynet.sources.events import Events, NoEvents
 
 log = logs.get(__name__)
-_REST = 0.01  # seconds between the end of a reconcile and the start of the next
+_REST = 0.05  # seconds between the end of a reconcile and the start of the next
 _LOOK_AT_FORWARD = 10.0  # seconds: Docker may close the FORWARD chain at any time, and says so to nobody
 _RETRY, _RETRY_LIMIT = 1.0, 30.0  # seconds until what was refused is tried again; doubled each time
 
