@@ -160,7 +160,7 @@ Shapes = dict[tuple[int, bytes], tuple[int, int, int, int, bytes]]
 
 
 def _all_parsed(blob: bytes, shapes: Shapes) -> Iterator[Element]:
-    """Yield the elements of a message. In one set nearly all have one shape, known after the first: ten times faster."""
+    """Yield the elements of a message. In a set nearly all have one shape, known after the first: ten times faster."""
     at = 0
     while at + 4 <= len(blob):
         length = int.from_bytes(blob[at : at + 2], sys.byteorder)

@@ -51,6 +51,7 @@ class Nftables:
             raise ApplyError(f"nftables mode: {why}")
         self._tables: dict[Family, Table] = {}
         self._rules: dict[Family, dict[str, tuple[bytes, ...]]] = {}  # as the kernel showed them after our writing
+        self._is_sure = True  # whether the kernel holds what `_tables` say
         self._verified: int | None = None  # the generation that an audit found to be right
         self._socket: Nfnetlink | None = None
         self._tamper: Tamper | None = None
@@ -60,6 +61,7 @@ class Nftables:
         started = time.perf_counter()
         kernel = self._kernel()
         tables: dict[Family, Table] = {}
+        whole: list[tuple[str, Change]] = []
         fresh: list[tuple[str, Change]] = []
         repairs: list[tuple[str, Change]] = []
         try:
@@ -69,6 +71,7 @@ class Nftables:
                 word = WORDS[plan.family].ip
                 observed = _observe(kernel, word)
                 table.commit(step)
+                whole.append((word, step.change))
                 if observed is None or (comparison := compare(table, observed, None)).foreign:
                     fresh.append((word, step.change))
                 else:
@@ -82,9 +85,14 @@ class Nftables:
         script.extend(render(repairs))
         script.lines += [f"delete table {word} {TABLE}" for word in others]
         rendered = time.perf_counter()
-        self._tables = {}  # until it is known what the kernel has
-        self._nft(script)
-        self._tables = tables
+        self._is_sure = False
+        try:
+            self._nft(script)
+        except ApplyError:
+            if not repairs:
+                raise
+            self._nft(render(whole, fresh=True))  # whatever stood there is in the way: make all of it anew
+        self._tables, self._is_sure, self._verified = tables, True, None
         for table in tables.values():
             self._forget_clients(table, _live(table))
         self._rules = {family: kernel.rules(WORDS[family].ip, TABLE) for family in tables}
@@ -176,16 +184,18 @@ class Nftables:
         self._nft(script)
 
     def _repair(self, repairs: Sequence[tuple[Table, Comparison | None]]) -> None:
-        script = Script()
+        def anew(table: Table) -> Script:
+            change = Table(table.family, table.settings).start(Plan(table.family, table.settings, table.servers)).change
+            return render([(WORDS[table.family].ip, change)], fresh=True)
+
         for table, comparison in repairs:
-            word = WORDS[table.family].ip
             if comparison is None or comparison.foreign:
-                anew = Table(table.family, table.settings)
-                change = anew.start(Plan(table.family, table.settings, table.servers)).change
-                script.extend(render([(word, change)], fresh=True))
-            else:
-                script.extend(render([(word, comparison.change)]))
-        self._nft(script)
+                self._nft(anew(table))
+                continue
+            try:
+                self._nft(render([(WORDS[table.family].ip, comparison.change)]))
+            except ApplyError:
+                self._nft(anew(table))  # whatever stands there is in the way
         for table, _ in repairs:
             self._rules[table.family] = self._kernel().rules(WORDS[table.family].ip, TABLE)
 
@@ -196,7 +206,7 @@ class Nftables:
 
     def _needs_sync(self, change: PlanChange) -> bool:
         table = self._tables.get(change.new.family)
-        return table is None or table.settings != change.new.settings
+        return table is None or not self._is_sure or table.settings != change.new.settings
 
     def _declare(self, work: Sequence[tuple[Table, Step]]) -> int:
         """Make the chains and maps that the batch's elements will refer to: nothing does yet. Return how many objects.
@@ -247,7 +257,7 @@ class Nftables:
         except NfnetlinkError as error:
             owner = owners[error.index] if 0 <= error.index < len(owners) else None
             what = f" at {owner}" if owner else ""
-            self._tables = {}  # what was declared may stand: only a full sync knows
+            self._is_sure = False  # what was declared may stand: only a full sync knows
             raise ApplyError(f"nftables: the kernel refused a change{what}: {error.strerror}", _some(owner)) from error
 
     def _nft(self, script: Script) -> None:

@@ -34,7 +34,7 @@ def own_bytes(words: Words, chain: str, rules: tuple[str, ...]) -> list[bytes] |
 
 
 def turn_rule(words: Words, protocol: str, slots: int, name: str) -> bytes:
-    """Return the expressions of a round-robin rule: a protocol match; the next index; look up; DNAT to what is found."""
+    """Return the expressions of a round-robin rule: a protocol match; the next index; look up; DNAT to that."""
     register = _number(_FIRST)
     numgen = [(1, register), (2, _number(slots)), (3, _number(0)), (4, _number(0))]  # 0: one after the other
     return b"".join((*_of_protocol(protocol), expression("numgen", numgen), *_to_found(words, name)))

@@ -311,6 +311,32 @@ def test_an_address_that_no_rule_can_hold_names_its_service(netns: Names) -> Non
         assert dump(here) == before
 
 
+def test_after_a_refusal_the_next_change_makes_all_right(netns: Names) -> None:
+    """An intruder's element is in the way of a change: it fails, and whatever comes next is a full sync."""
+    then = plan(*full().servers.values(), server("a/new", cluster_ip("10.96.0.20", 80), cluster=(POD1,)))
+    with watching(here := netns("node")) as mode:
+        mode.sync([full(), six()])
+        for name, value in (("frontends", "goto no-endpoint"), ("service-cluster-picks", "goto no-endpoint")):
+            here.run("nft", f"add element ip {TABLE} {name} {{ 10.96.0.20 . tcp . 80 : {value} }}")
+        with pytest.raises(ApplyError):
+            mode.update([PlanChange(full(), then, tuple(then.servers))])
+        mode.update([PlanChange(full(), then, ())])
+        assert mode.audit().found == ()
+        assert here.run("nft", "list", "tables").split() == ["table", "ip", TABLE, "table", "ip6", TABLE]
+
+
+def test_what_is_in_the_way_of_a_repair_goes_with_its_table(netns: Names) -> None:
+    with watching(here := netns("node")) as mode:
+        mode.sync([full(), six()])
+        before = dump(here)
+        # a rule of the intruder's chain holds on to a chain of ours that must go
+        here.run(
+            "nft", f"add chain ip {TABLE} stray; add chain ip {TABLE} holder; add rule ip {TABLE} holder jump stray"
+        )
+        assert mode.audit().found
+        assert dump(here) == before
+
+
 def test_an_external_ip_without_endpoints_is_refused(netns: Names) -> None:
     frontend = Frontend(FrontendKind.EXTERNAL_IP, "203.0.113.5", 80, CLUSTER, CLUSTER_MASQ, CLUSTER_MASQ)
     with watching(here := netns("node")) as mode:

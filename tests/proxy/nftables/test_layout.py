@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.modes.nftables.layout import slots_of
@@ -122,6 +122,7 @@ def test_names_of_services_are_in_no_rule() -> None:
 
 
 @pytest.mark.parametrize("family", list(Family))
+@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_what_is_encoded_is_decoded(family: Family, data: st.DataObject) -> None:
     words = WORDS[family]
