@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from apiserver.resources import ALL_VERBS, RESOURCES, Resource, groups
+from apiserver.resources import RESOURCES, Resource, groups
 
 Json = dict[str, Any]
 VERSION = {
@@ -66,7 +66,7 @@ def resource_list(base: str) -> Json | None:
             "singularName": resource.singular,
             "namespaced": resource.namespaced,
             "kind": resource.kind,
-            "verbs": list(ALL_VERBS),
+            "verbs": list(resource.verbs),
         }
         if resource.short:
             entry["shortNames"] = list(resource.short)
@@ -106,7 +106,7 @@ def _aggregated(resource: Resource) -> Json:
         "responseKind": {"group": "", "version": "", "kind": resource.kind},
         "scope": "Namespaced" if resource.namespaced else "Cluster",
         "singularResource": resource.singular,
-        "verbs": list(ALL_VERBS),
+        "verbs": list(resource.verbs),
     }
     if resource.short:
         entry["shortNames"] = list(resource.short)

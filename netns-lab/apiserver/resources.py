@@ -27,6 +27,11 @@ class Resource:
     fields: tuple[str, ...] = ()
 
     @property
+    def verbs(self) -> tuple[str, ...]:
+        """What can be done to it: namespaces go one at a time."""
+        return tuple(verb for verb in ALL_VERBS if self.kind != "Namespace" or verb != "deletecollection")
+
+    @property
     def api_version(self) -> str:
         """As objects carry it."""
         return f"{self.group}/{self.version}" if self.group else self.version

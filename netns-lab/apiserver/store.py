@@ -57,11 +57,11 @@ class Event:
 class _Shelf:
     """Objects and history of one resource."""
 
-    def __init__(self) -> None:
+    def __init__(self, floor: int) -> None:
         self.objects: dict[Key, Stored] = {}
         self.events: list[Event] = []
         self.versions: list[int] = []
-        self.floor = 0  # changes at or before this version are forgotten
+        self.floor = floor  # changes at or before this version are forgotten
 
 
 class Store:
@@ -70,11 +70,12 @@ class Store:
     def __init__(self, version: int = 1) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.version = version
+        self._floor = 0
         self._shelves: dict[str, _Shelf] = {}
 
     def shelf(self, resource: Resource) -> _Shelf:
         """Return objects and history of a resource; for use under `changed`."""
-        return self._shelves.setdefault(f"{resource.group}/{resource.plural}", _Shelf())
+        return self._shelves.setdefault(f"{resource.group}/{resource.plural}", _Shelf(self._floor))
 
     def get(self, resource: Resource, namespace: str, name: str) -> Json:
         """Return an object. Raise 404."""
@@ -170,8 +171,9 @@ class Store:
     def compact(self, version: int | None = None) -> None:
         """Forget changes up to `version` (None: all so far), as etcd's compaction does: watches from there get 410."""
         with self.changed:
+            self._floor = self.version if version is None else version
             for shelf in self._shelves.values():
-                self._forget(shelf, self.version if version is None else version)
+                self._forget(shelf, self._floor)
 
     def _forget(self, shelf: _Shelf, version: int) -> None:
         index = bisect_right(shelf.versions, version)

@@ -119,7 +119,9 @@ def events(
             yield [("BOOKMARK", bookmark(resource, version, initial_end=True))]
     else:
         version = start
-    next_mark = min(time.monotonic() + bookmark_every, max(deadline - 2, time.monotonic() + 0.5 * seconds))
+    next_mark = time.monotonic() + bookmark_every
+    if seconds > 10:  # the last one, two seconds before the end
+        next_mark = min(next_mark, deadline - 2)
     while alive():
         with store.changed:
             now = time.monotonic()
@@ -142,7 +144,7 @@ def events(
         if marks and now >= next_mark:
             yield [("BOOKMARK", bookmark(resource, version))]
             next_mark = now + bookmark_every
-            if next_mark > deadline - 2 > now:
+            if seconds > 10 and next_mark > deadline - 2 > now:
                 next_mark = deadline - 2
         elif not told:
             yield []
