@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     followers: list[Follower] = [cleaner, service_health, Watchdog()]
     if settings.hold_node_ports:
         followers.append(holder)
+    if args.config is not None:
+        followers.append(ConfigWatch(args.config, stop))
 
     def first_written() -> None:
         log.info("Services are in the kernel", extra=logs.fields(mode=mode.name, services=len(engine.cluster.services)))
@@ -112,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first_written=first_written,
     )
     metrics.mode.labels(mode.name, settings.mode).set(1)
+    if mode.name != settings.mode:
+        events.emit(
+            "ModeFallback", f"mode {settings.mode} cannot run on this node's kernel: {mode.name} is used instead"
+        )
     try:
         servers = [
             serve_or_tell(settings, settings.healthz_bind, health_routes(health, metrics)),
@@ -143,6 +149,30 @@ class LoopbackGuard(Protocol):
 
     def guards_loopback(self) -> bool:
         """Whether its guard stands in the kernel."""
+
+
+class ConfigWatch:
+    """Ends the daemon when its configuration file changes, so that it is started anew with it (as kube-proxy does)."""
+
+    def __init__(self, path: Path, stop: threading.Event) -> None:
+        self._path = path
+        self._stop = stop
+        self._text = path.read_bytes()
+
+    def follow(self, cluster: object, changes: object, services: object) -> None:
+        """Nothing follows from a change of objects."""
+
+    def tick(self, now: float) -> None:  # noqa: ARG002
+        """Compare the file with what it was; one that cannot be read is on its way to be replaced."""
+        try:
+            text = self._path.read_bytes()
+        except OSError:
+            return
+        if text != self._text:
+            log.warning(
+                "the configuration file has changed: ending, to be started anew", extra=logs.fields(file=self._path)
+            )
+            self._stop.set()
 
 
 class Watchdog:
