@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 import yaml
 
-from apiserver import discovery, errors, selectors, services, tables, watching
+from apiserver import discovery, errors, protobuf, selectors, services, tables, watching
 from apiserver.api import Api, scale_of
 from apiserver.errors import ApiError
 from apiserver.faults import Fault, Script
@@ -410,8 +410,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> Any:
         kind = self.headers.get("Content-Type") or _JSON
         try:
+            if self.raw.startswith(protobuf.MAGIC):
+                return protobuf.decode(self.raw)
             return yaml.safe_load(self.raw) if "yaml" in kind else msgspec.json.decode(self.raw)
-        except (msgspec.DecodeError, yaml.YAMLError) as error:
+        except (msgspec.DecodeError, ValueError, yaml.YAMLError) as error:
             raise errors.bad_request(f"the object provided is unrecognized: {error}") from None
 
     def _options(self) -> Json:

@@ -174,6 +174,20 @@ def test_pods_and_deployments(kubectl: Kubectl) -> None:
     assert "0/3" in kubectl("get", "deploy").stdout
 
 
+def test_what_kubectl_sends_as_protobuf(kubectl: Kubectl) -> None:
+    kubectl("create", "namespace", "made")
+    kubectl("create", "service", "nodeport", "web", "--tcp=80:http", "--node-port=30123")
+    port = spec(kubectl)["ports"][0]  # type: ignore[index]
+    assert (port["port"], port["targetPort"], port["nodePort"]) == (80, "http", 30123)
+    kubectl("create", "deployment", "web", "--image=x", "--replicas=2", "--port=8080")
+    found = json.loads(kubectl("get", "deploy", "web", "-o", "json").stdout)["spec"]
+    assert found["replicas"] == 2
+    assert found["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] == 8080
+    kubectl("create", "configmap", "settings", "--from-literal=a=b")
+    assert json.loads(kubectl("get", "cm", "settings", "-o", "json").stdout)["data"] == {"a": "b"}
+    kubectl("delete", "ns/made", "cm/settings")
+
+
 def test_namespaces_hold_and_take_along(kubectl: Kubectl) -> None:
     kubectl("apply", "-f", "-", given='{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"shop"}}')
     kubectl("apply", "-n", "shop", "-f", "-", given=SERVICE)
