@@ -35,6 +35,19 @@ REQUIRED = {
 SINCE = {"CHECK": "0.4.0", "GC": "1.1.0", "STATUS": "1.1.0"}
 """The specification version that brought a verb."""
 
+KEYS = """
+    cniVersion name type prevResult runtimeConfig args cni capabilities stateDir
+    bridge isGateway isDefaultGateway forceAddress ipMasq ipMasqBackend nonMasqueradeCIDRs mtu hairpinMode promiscMode
+    vlan vlanTrunk minID maxID id preserveDefaultVlan macspoofchk enabledad disableContainerInterface portIsolation
+    mac ips ipam subnet rangeStart rangeEnd gateway ranges routes dst gw advmss priority table scope dataDir resolvConf
+    dns nameservers domain search options servers searches ipRanges
+    portMappings hostPort containerPort protocol hostIP
+    bandwidth ingressRate ingressBurst egressRate egressBurst
+    interfaces sandbox socketPath pciID interface address ip4 ip6 ip containerID ifname
+"""
+"""All keys that we read, as they are spelled."""
+
+_SPELLING = {key.lower(): key for key in KEYS.split()}
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
 
 
@@ -192,7 +205,25 @@ def decode(stdin: bytes) -> dict[str, Any]:
         raise CniError(DECODING, f"the configuration on stdin is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CniError(DECODING, "the configuration on stdin is not a JSON object")
-    return config
+    canonical: dict[str, Any] = _canonical(config, 0)
+    return canonical
+
+
+def _canonical(value: Any, depth: int) -> Any:
+    """Return decoded JSON with our keys as we spell them: Go plugins ignore case, and containerd writes `HostPort`."""
+    if depth > 30:
+        raise CniError(DECODING, "the configuration on stdin is nested too deeply")
+    if isinstance(value, str) and (value.isascii() is False or "\0" in value):
+        return _refuse_unprintable(value)
+    if isinstance(value, list):
+        return [_canonical(item, depth + 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, item in value.items():
+        name = _SPELLING.get(key.lower(), key)
+        found[key if name != key and name in value else name] = _canonical(item, depth + 1)
+    return found
 
 
 def version_of(config: Mapping[str, Any]) -> str:
@@ -237,6 +268,17 @@ def _check_ifname(name: str) -> None:
         said = "interface name contains / or : or whitespace characters"
     if said:
         raise CniError(BAD_ENVIRONMENT, said, f"CNI_IFNAME={name}")
+
+
+def _refuse_unprintable(value: str) -> str:
+    """Return text that files, links and rules can hold. Raise `CniError` for half surrogates and zero bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise CniError(DECODING, f"the configuration on stdin holds text that is no Unicode: {value!r}") from None
+    if "\0" in value:
+        raise CniError(DECODING, f"the configuration on stdin holds a zero byte: {value!r}")
+    return value
 
 
 # --- results

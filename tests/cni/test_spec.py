@@ -39,6 +39,7 @@ REFUSED = [
     ({}, b"[]", 6, "object"),
     ({}, b"\xff", 6, "JSON"),
     ({}, b"[" * 100000, 6, "JSON"),
+    ({}, b'{"a":' * 200 + b"1" + b"}" * 200, 6, "deep"),
     ({}, stdin(cniVersion="one"), 6, "cniVersion"),
     ({}, stdin(cniVersion=1), 6, "cniVersion"),
     ({}, stdin(cniVersion="2.0.0"), 1, "incompatible"),
@@ -62,6 +63,17 @@ def test_what_is_refused_says_why(env: dict[str, str], config: bytes, code: int,
 def test_what_a_verb_does_not_need(command: str) -> None:
     env = {key: value for key, value in WHOLE.items() if key in ("CNI_COMMAND", *spec.REQUIRED[command])}
     assert spec.request(env | {"CNI_COMMAND": command}, stdin()).command == command
+
+
+def test_keys_are_read_in_any_case() -> None:
+    """Go's decoder does so, and containerd relies on it: its capabilities have Go's capitals."""
+    raw = stdin(
+        ISGATEWAY=True, runtimeConfig={"portMappings": [{"HostPort": 1, "ContainerPort": 2, "Protocol": "tcp"}]}
+    )
+    config = spec.request(WHOLE, raw).config
+    assert config["isGateway"] is True
+    assert config["runtimeConfig"]["portMappings"] == [{"hostPort": 1, "containerPort": 2, "protocol": "tcp"}]
+    assert spec.request(WHOLE, stdin(mtu=1, MTU=2)).config["mtu"] == 1
 
 
 def test_without_cniversion_it_is_the_first() -> None:
