@@ -41,7 +41,7 @@ def start(folder: Folder, name: str, netns: str, ports: Sequence[PodPort] = ()) 
     return machine.start(folder.name, netns, command, folder.logs / f"{name}.log")
 
 
-def wait(folder: Folder, name: str, pid: int = 0, seconds: float = 20) -> None:
+def wait(folder: Folder, name: str, pid: int = 0, seconds: float = 60) -> None:
     """Return when an agent answers: its ports are open then."""
     deadline = time.monotonic() + seconds
     while True:

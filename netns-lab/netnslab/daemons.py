@@ -14,7 +14,7 @@ PROGRAMS = ("pynetd", "pyproxy")
 HEALTH_PORTS = {"pynetd": 10248, "pyproxy": 10256}
 METRICS_PORTS = {"pynetd": 10247, "pyproxy": 10249}
 READY_PATHS = {"pynetd": "/readyz", "pyproxy": "/healthz"}
-READY_SECONDS = 30.0
+READY_SECONDS = 120.0  # an emulated machine takes its time; a daemon that ends is noticed at once
 
 
 def command(folder: Folder, spec: Spec, node: NodeRecord, program: str) -> list[str]:

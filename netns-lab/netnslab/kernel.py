@@ -9,9 +9,12 @@ from . import machine
 from .state import Folder, LabError
 
 UNABLE = 77  # exit status: not here
+LOADING = 300.0  # seconds that the kernel may take to load its modules; an emulated machine needs a minute
 
 # What a lab needs: a name for it, the programs, and shell commands that fail where the kernel lacks it.
-BASE = (
+Feature = tuple[str, tuple[str, ...], str]
+IPV6: Feature = ("IPv6 (CONFIG_IPV6)", ("ip",), "ip -6 address add fd00::1/64 dev v0")
+BASE: tuple[Feature, ...] = (
     ("veth links (CONFIG_VETH)", ("ip",), "ip link add v0 type veth peer name v1"),
     ("bridges (CONFIG_BRIDGE)", ("ip",), "ip link add b0 type bridge && ip link set v0 master b0"),
 )
@@ -32,7 +35,7 @@ NFT = (
 MODES = ("iptables", "nftables", "ipvs", "userspace")
 
 
-def _iptables_features(program: str) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+def _iptables_features(program: str) -> tuple[Feature, ...]:
     found = []
     for name, rule in MATCHES:
         place = "POSTROUTING -j MASQUERADE" if rule is None else f"PREROUTING {rule}"
@@ -40,18 +43,19 @@ def _iptables_features(program: str) -> tuple[tuple[str, tuple[str, ...], str], 
     return tuple(found)
 
 
-def features(mode: str, iptables_backend: str = "") -> tuple[tuple[str, tuple[str, ...], str], ...]:
+def features(mode: str, iptables_backend: str = "", ipv6: bool = False) -> tuple[Feature, ...]:
     """Return what a lab of a mode needs, in the order to ask for it."""
+    base = (*BASE, *((IPV6,) if ipv6 else ()))
     program = f"iptables-{iptables_backend}" if iptables_backend else "iptables"
     nft = ("NAT and maps in nftables (CONFIG_NFT_NAT, CONFIG_NFT_MASQ)", ("nft",), f"nft '{NFT}'")
     dummy = ("dummy links (CONFIG_DUMMY)", ("ip",), "ip link add d0 type dummy")
     ipvs = ("IPVS (CONFIG_IP_VS)", (), "test -e /proc/net/ip_vs || modprobe ip_vs && test -e /proc/net/ip_vs")
     ipset = ("ipsets (CONFIG_IP_SET)", ("ipset",), "ipset create probe hash:ip")
     return {
-        "iptables": (*BASE, *_iptables_features(program)),
-        "nftables": (*BASE, nft),
-        "ipvs": (*BASE, *_iptables_features(program), ipvs, dummy, ipset),
-        "userspace": (*BASE, *_iptables_features(program)),
+        "iptables": (*base, *_iptables_features(program)),
+        "nftables": (*base, nft),
+        "ipvs": (*base, *_iptables_features(program), ipvs, dummy, ipset),
+        "userspace": (*base, *_iptables_features(program)),
     }[mode]
 
 
@@ -65,9 +69,9 @@ def demand_root() -> None:
         raise Unable("needs root: it makes network namespaces and links (run it with sudo)")
 
 
-def demand_features(folder: Folder, mode: str, iptables_backend: str = "") -> None:
+def demand_features(folder: Folder, mode: str, iptables_backend: str = "", ipv6: bool = False) -> None:
     """Raise `Unable` with the name of the first feature that the kernel lacks."""
-    wanted = features(mode, iptables_backend)
+    wanted = features(mode, iptables_backend, ipv6)
     for name, programs, _ in wanted:
         for program in programs:
             if not shutil.which(program):
@@ -82,9 +86,9 @@ def demand_features(folder: Folder, mode: str, iptables_backend: str = "") -> No
             f'said=$( {{ {command}; }} 2>&1 ) || {{ echo {index}; echo "$said"; exit 1; }}'
             for index, (_, _, command) in enumerate(wanted)
         )
-        done = machine.run(
-            machine.inside(scratch, "sh", "-c", script), check=False, env=machine.marked(folder.name, lock_file(folder))
-        )
+        command = machine.inside(scratch, "sh", "-c", script)
+        environment = machine.marked(folder.name, lock_file(folder))
+        done = machine.run(command, check=False, env=environment, timeout=LOADING)
     finally:
         machine.delete_namespace(scratch)
     if done.returncode:

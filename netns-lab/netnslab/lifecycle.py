@@ -47,11 +47,11 @@ def _up(wanted: Spec, count: int | None, demo: bool) -> Lab:
             with step(f"removing what is left of lab {folder.name}"):
                 clear(folder)
         with step(f"asking the kernel for what --mode {wanted.mode} needs"):
-            kernel.demand_features(folder, wanted.mode, wanted.iptables_backend)
+            kernel.demand_features(folder, wanted.mode, wanted.iptables_backend, wanted.ipv6)
         folder.make()
-        folder.write_spec(wanted)
         nodes = tuple(node_record(folder, topology, wanted.ipv6, index) for index in range(1, count + 1))
-        lab = Lab(folder, msgspec.structs.replace(wanted, nodes=nodes))
+        lab = Lab(folder, wanted)
+        lab.save(nodes=nodes)
         title = f"network: {', '.join(node.name for node in nodes)} and client on {', '.join(topology.subnets)}"
         with step(title):
             build_network(lab)

@@ -76,9 +76,9 @@ def add_namespace(lab: str, netns: str) -> None:
 
 
 def sysctl(lab: str, netns: str, settings: Mapping[str, str]) -> None:
-    """Write kernel settings of a namespace."""
+    """Write kernel settings of a namespace; those that this kernel does not have (without IPv6) are passed over."""
     lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
-    run(inside(netns, "sysctl", "-q", "-p", "-"), input=lines, env=marked(lab))
+    run(inside(netns, "sysctl", "-q", "-e", "-p", "-"), input=lines, env=marked(lab))
 
 
 def start(lab: str, netns: str, command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> int:

@@ -31,7 +31,7 @@ def up(arguments: argparse.Namespace) -> int:
 
 def execute(arguments: argparse.Namespace) -> int:
     """`lab exec`: becomes the command."""
-    lab = Lab.load(arguments.name)
+    lab = Lab.load(arguments.name, whole=False)
     argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
     if not argv:
         raise LabError("exec: no command given (lab exec client -- curl …)")
@@ -69,7 +69,8 @@ def down(arguments: argparse.Namespace) -> int:
 
 def show_logs(arguments: argparse.Namespace) -> int:
     """`lab logs`."""
-    return logs.show(Lab.load(arguments.name), arguments.who, arguments.program, arguments.lines, arguments.follow)
+    lab = Lab.load(arguments.name, whole=False)
+    return logs.show(lab, arguments.who, arguments.program, arguments.lines, arguments.follow)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -15,7 +15,9 @@ from typing import Any
 
 SETUP = """
 set -e
-grep -o ' /run[^ ]*' /proc/self/mountinfo | sort -r | while read -r place; do umount -n -l "$place" 2>/dev/null || :; done
+grep -o ' /run[^ ]*' /proc/self/mountinfo | sort -r | while read -r place; do
+    umount -n -l "$place" 2>/dev/null || :
+done
 mount -n -t tmpfs -o mode=755 tmpfs /run
 ip link set lo up
 exec "$@"
