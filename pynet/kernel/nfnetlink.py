@@ -1,7 +1,7 @@
 """nftables over netlink: what the `nft` program is too slow for, or cannot say. The only encoder of its messages.
 
-Single elements, deletions, read-back, the generation number and the watch for other people's transactions. What a rule
-means is known elsewhere: here it is bytes. Constants: linux/netfilter/nf_tables.h.
+Single elements, deletions, read-back and the generation number; `nftwatch` hears of other people's transactions. What a
+rule means is known elsewhere: here it is bytes. Constants: linux/netfilter/nf_tables.h.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FAMILIES = {"ip": socket.AF_INET, "ip6": socket.AF_INET6}
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_GROUP = 7  # NFNLGRP_NFTABLES
 _REQUEST, _DUMP = 0x1, 0x300
 _CREATE, _APPEND = 0x400, 0x800
 _ERROR, _DONE, _OVERRUN = 2, 3, 4
-_SOL_NETLINK, _ADD_MEMBERSHIP, _DROP_MEMBERSHIP, _EXT_ACK, _STRICT = 270, 1, 2, 11, 12
+SOL_NETLINK = 270
+_EXT_ACK = 11
 _SNDBUFFORCE, _RCVBUFFORCE = 32, 33
 _NESTED = 0x8000
 _TYPE = 0x3FFF
@@ -71,15 +71,6 @@ class Element(msgspec.Struct, frozen=True, gc=False):
     end: bytes = b""
     is_end: bool = False
     packets: int = 0
-
-
-class Transaction(msgspec.Struct, frozen=True):
-    """A transaction that somebody committed: who, its generation, and the tables it touched ("ip pynet-proxy")."""
-
-    generation: int
-    process: int
-    program: str
-    tables: frozenset[str]
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -222,7 +213,7 @@ class Nfnetlink:
     """
 
     def __init__(self) -> None:
-        self._socket = _open(1 << 22)
+        self._socket = open_socket(1 << 22)
         self._sequence = 0
 
     def close(self) -> None:
@@ -233,15 +224,15 @@ class Nfnetlink:
         """Return the number of the last transaction that anybody committed in this namespace."""
         for kind, payload in self._ask(GETGEN, "", b"", 0):
             if kind == NEWGEN:
-                return _number(payload, 1)
+                return number_of(payload, 1)
         raise NfnetlinkError(errno.EPROTO, "nf_tables told no generation")
 
-    def batch(self, messages: Sequence[Message]) -> None:
-        """Commit `messages` as one transaction: all or nothing. Raise `NfnetlinkError`."""
+    def batch(self, wanted: Sequence[Message]) -> None:
+        """Commit `wanted` as one transaction: all or nothing. Raise `NfnetlinkError`."""
         first = self._sequence + 1
-        self._sequence += len(messages) + 2
+        self._sequence += len(wanted) + 2
         parts = [_message(_BATCH_BEGIN, _REQUEST, first, 0, b"", _SUBSYSTEM)]
-        for sequence, message in enumerate(messages, first + 1):
+        for sequence, message in enumerate(wanted, first + 1):
             parts.append(
                 _message(
                     _SUBSYSTEM << 8 | message.kind,
@@ -266,7 +257,7 @@ class Nfnetlink:
                 blob = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            for kind, sequence, payload in _messages(blob):
+            for kind, sequence, payload in messages(blob):
                 number = -struct.unpack_from("=i", payload)[0] if kind == _ERROR else 0
                 if number and sequence >= first and refused is None:
                     refused = NfnetlinkError(number, os.strerror(number), sequence - first - 1)
@@ -275,7 +266,7 @@ class Nfnetlink:
 
     def tables(self, family: str) -> list[str]:
         """Return the names of the tables of a family."""
-        return [_text(payload, 1) for _, payload in self._ask(GETTABLE, family, b"", _DUMP)]
+        return [text_of(payload, 1) for _, payload in self._ask(GETTABLE, family, b"", _DUMP)]
 
     def sets(self, family: str, table: str) -> dict[str, bytes]:
         """Return the sets and maps of a table: name → what declares it, as the kernel has it."""
@@ -331,7 +322,7 @@ class Nfnetlink:
         self._socket.send(_message(_SUBSYSTEM << 8 | kind, _REQUEST | flags, sequence, number, payload, 0))
         answers: list[tuple[int, memoryview]] = []  # read whole: a dump broken off would block the socket's next one
         while True:
-            for found, of, body in _messages(self._socket.recv(1 << 20)):
+            for found, of, body in messages(self._socket.recv(1 << 20)):
                 if of != sequence:
                     continue
                 if found in (_ERROR, _DONE):
@@ -344,63 +335,13 @@ class Nfnetlink:
                     return answers
 
 
-class Watch:
-    """Hears of every transaction in its namespace, whoever commits it. `missed`: some could not be kept."""
-
-    def __init__(self) -> None:
-        self._socket = _open(1 << 22)
-        self._touched: set[str] = set()
-        self.missed = False
-        self.resume()
-
-    def pause(self) -> None:
-        """Hear nothing: our own big transactions would fill the buffer."""
-        self._socket.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, _GROUP)
-
-    def resume(self) -> None:
-        """Hear again; what was heard before is forgotten."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
-        self._touched, self.missed = set(), False
-        self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP)
-
-    def close(self) -> None:
-        """Give the socket back."""
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """Return the descriptor to wait on."""
-        return self._socket.fileno()
-
-    def heard(self) -> list[Transaction]:
-        """Return the transactions since the last call, without waiting."""
-        found: list[Transaction] = []
-        while True:
-            try:
-                blob = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return found
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self.missed = True
-                continue
-            for kind, _, payload in _messages(blob):
-                if kind & 0xFF == NEWGEN:
-                    touched, self._touched = frozenset(self._touched), set()
-                    found.append(Transaction(_number(payload, 1), _number(payload, 2), _text(payload, 3), touched))
-                else:
-                    family = next((word for word, number in FAMILIES.items() if number == payload[0]), "")
-                    self._touched.add(f"{family} {_text(payload, 1)}")
-
-
-def _open(buffer: int) -> socket.socket:
+def open_socket(buffer: int) -> socket.socket:
+    """Return a socket to netfilter, with buffers of so many bytes where we may."""
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     for option in (_SNDBUFFORCE, _RCVBUFFORCE):
         with contextlib.suppress(PermissionError):
             made.setsockopt(socket.SOL_SOCKET, option, buffer)
-    made.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
+    made.setsockopt(SOL_NETLINK, _EXT_ACK, 1)
     made.bind((0, 0))
     return made
 
@@ -410,7 +351,7 @@ def _message(kind: int, flags: int, sequence: int, family: int, payload: bytes, 
     return struct.pack("=IHHII", 16 + len(body), kind, flags, sequence, 0) + body + bytes(-len(body) % 4)
 
 
-def _messages(blob: bytes) -> Iterator[tuple[int, int, memoryview]]:
+def messages(blob: bytes) -> Iterator[tuple[int, int, memoryview]]:
     """Yield (type, sequence, what follows the header) of the messages in `blob`."""
     view = memoryview(blob)
     at = 0
@@ -422,9 +363,11 @@ def _messages(blob: bytes) -> Iterator[tuple[int, int, memoryview]]:
         at += (length + 3) & ~3
 
 
-def _text(payload: memoryview, kind: int) -> str:
+def text_of(payload: memoryview, kind: int) -> str:
+    """Return a string attribute of a message, empty where it is not there."""
     return next((bytes(value).rstrip(b"\0").decode() for found, value in attributes(payload[4:]) if found == kind), "")
 
 
-def _number(payload: memoryview, kind: int) -> int:
+def number_of(payload: memoryview, kind: int) -> int:
+    """Return a number attribute of a message, 0 where it is not there."""
     return next((int.from_bytes(value, "big") for found, value in attributes(payload[4:]) if found == kind), 0)

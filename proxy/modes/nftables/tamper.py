@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 from proxy.modes.nftables.names import TABLE, WORDS
-from pynet.kernel.nfnetlink import Nfnetlink, Watch
+from pynet.kernel.nfnetlink import Nfnetlink
+from pynet.kernel.nftwatch import Watch
 
 _OURS = frozenset(f"{words.ip} {TABLE}" for words in WORDS.values())
 
