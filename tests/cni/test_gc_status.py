@@ -212,3 +212,24 @@ def test_an_agent_that_dies_over_an_add_loses_nothing(runtime: Runtime, netns: N
     assert len(rules["nftables"][1]["map"]["elem"]) == 1
     pod.delete()
     assert runtime.host.run("nft", "list", "ruleset") == ""
+
+
+@pytest.mark.slow
+def test_a_full_bridge_is_named(runtime: Runtime, netns: Names) -> None:
+    """1,023 ports are all a Linux bridge has: ADD answers 11, STATUS 50."""
+    conf = runtime.conf(isGateway=True, ipam={"type": "pynet-ipam", "subnet": "10.9.0.0/16"})
+    pod = Pod(runtime, netns("pod"))
+    pod.add(conf)
+    pairs = "".join(f"link add a{n} master cni0 type veth peer name b{n}\nlink set b{n} master cni0\n" for n in range(511))
+    runtime.host.run("ip", "-batch", "-", input=pairs)
+    last = Pod(runtime, netns("last"))
+    with pytest.raises(CniFailure) as refused:
+        last.add(conf)
+    assert refused.value.code == 11
+    assert "1023" in refused.value.message
+    assert "eth0" not in links(last.ns)
+    with pytest.raises(CniFailure) as told:
+        runtime.call("STATUS", conf)
+    assert told.value.code == 50
+    assert "1023" in told.value.details
+    pod.check()
