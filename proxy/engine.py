@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from proxy.cluster import Cluster
 from proxy.config import Settings, surroundings
@@ -20,7 +20,7 @@ from proxy.plan import Action, Family, FrontendKind, Plan, PlanChange, ServerKey
 from proxy.planning import Contest, Planner
 from proxy.quarantine import Suspect, Writer, with_servers_of, without
 from pynet.daemon import logs
-from pynet.objects import BadObject, Ref
+from pynet.objects import API_VERSIONS, BadObject, Ref
 from pynet.sources import Batch
 from pynet.sources.events import Events
 
@@ -42,6 +42,14 @@ class Follower(Protocol):
 
     def tick(self, now: float) -> None:
         """Do what is due; called about once a second."""
+
+
+@runtime_checkable
+class CountsRules(Protocol):
+    """A mode whose rules are counted: the iptables mode."""
+
+    def rule_counts(self) -> dict[tuple[Family, str], int]:
+        """Return how many rules of ours stand, by family and table."""
 
 
 class Snapshots(Protocol):
@@ -183,6 +191,7 @@ class Engine:
         for error in bad:
             self._metrics.bad_objects.inc()
             log.warning("object skipped", extra=logs.fields(object=error.where, field=error.field, reason=error.reason))
+            self._events.emit("Quarantined", str(error), _named(error))
 
     def _may_write(self, now: float) -> bool:
         """Whether enough is known: every kind was delivered, or no source says anything and a state file speaks."""
@@ -306,8 +315,10 @@ class Engine:
         metrics.last_sync.labels(label).set(time.time())
         metrics.servers.labels(label).set(len(plan.servers))
         metrics.services.set(len(self.cluster.services))
-        if self._mode.name == "iptables":
+        if isinstance(self._mode, CountsRules):
             metrics.iptables_last.labels("nat", label).set(written.objects)
+            for (of, table), count in self._mode.rule_counts().items():
+                metrics.iptables_total.labels(table, of.value).set(count)
         for policy, count in no_local_endpoints(plan).items():
             metrics.no_local_endpoints.labels(policy, label).set(count)
         log.debug(
@@ -377,6 +388,13 @@ def seconds_since(stamp: str, now: float) -> float | None:
         return max(0.0, now - datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp())
     except ValueError:
         return None
+
+
+def _named(error: BadObject) -> Ref | None:
+    """Return the object that an error is about, where its words name one: "KIND NAMESPACE/NAME"."""
+    kind, _, key = error.where.partition(" ")
+    namespace, slash, name = key.partition("/")
+    return Ref(kind, namespace, name) if slash and kind in API_VERSIONS and " " not in name else None
 
 
 def _service_ref(key: ServerKey) -> Ref:

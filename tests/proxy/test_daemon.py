@@ -114,10 +114,22 @@ def daemon(net: ServiceNet, tmp_path: Path) -> Iterator[Daemon]:
     finally:
         if made.process and made.process.poll() is None:
             made.stop()
-        made.cleanup()
-        rules = net.node.run("iptables-legacy-save") + net.node.run("nft", "list", "ruleset")
-        assert "PYNET-SVC" not in rules
-        assert "pynet" not in rules
+        wipe(net)
+
+
+def wipe(net: ServiceNet) -> None:
+    """Empty the node of rules, in a quicker way than the daemon's own."""
+    empty = "".join(f"*{table}\nCOMMIT\n" for table in ("filter", "nat"))
+    for program in ("iptables-legacy-restore", "ip6tables-legacy-restore"):
+        net.node.run(program, input=empty)
+    net.node.run("nft", "flush", "ruleset")
+
+
+def rules_left(net: ServiceNet) -> list[str]:
+    """Return what of ours is left in the node."""
+    commands = ("iptables-legacy-save", "ip6tables-legacy-save", "nft list ruleset")
+    text = "".join(net.node.run(*words.split()) for words in commands)
+    return [line for line in text.splitlines() if "PYNET" in line or "pynet" in line]
 
 
 def server_of(net: ServiceNet, client: str, address: str, port: int) -> str:
@@ -278,6 +290,10 @@ def test_a_change_of_mode_under_load_fails_nothing(net: ServiceNet, daemon: Daem
     assert load.failures == []
     assert load.count > 20
     assert net.ask("outside", net["node"].v4, NODE_PORT).source in ("10.244.1.1", "192.168.77.1")
+    daemon.stop()
+    assert rules_left(net)
+    daemon.cleanup()
+    assert rules_left(net) == []
 
 
 def test_rolling_replacement_with_terminating_endpoints_fails_nothing(net: ServiceNet, daemon: Daemon) -> None:
@@ -377,3 +393,27 @@ def test_few_privileges_are_kept(net: ServiceNet, daemon: Daemon) -> None:
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     kept = {int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("CapPrm", "CapEff", "CapBnd"))}
     assert kept == {1 << 10 | 1 << 12 | 1 << 13}
+
+
+def test_a_changed_configuration_file_ends_the_daemon(net: ServiceNet, daemon: Daemon) -> None:
+    config = daemon.folder / "config.yaml"
+    text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+    config.write_text(text)
+    daemon.apply("web", web(), pods(HERE[0]))
+    daemon.start("--config", str(config))
+    assert daemon.metric('kubeproxy_sync_proxy_rules_iptables_total{ip_family="IPv4",table="nat"}') > 10
+    config.write_text(text + "iptables: {masqueradeBit: 13}\n")
+    assert daemon.process
+    assert daemon.process.wait(20) == 0
+
+
+def test_a_mistake_in_flags_or_file_is_named_and_ends_the_start(net: ServiceNet, daemon: Daemon) -> None:
+    for flags, said in (
+        (["--mode=bpf"], "--mode"),
+        (["--cluster-cidr=x"], "--cluster-cidr"),
+        (["--config=/no"], "/no"),
+    ):
+        done = subprocess.run([programs() / "pyproxy", *flags], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

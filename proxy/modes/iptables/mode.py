@@ -99,6 +99,14 @@ class IptablesMode:
             log.warning("cannot tell whether rules were changed", extra=logs.fields(error=error))
             return True
 
+    def rule_counts(self) -> dict[tuple[Family, str], int]:
+        """Return how many rules of ours stand, by family and table."""
+        return {
+            (family, table): count
+            for family, watcher in self._watchers.items()
+            for table, count in watcher.rules.items()
+        }
+
     def cleanup(self) -> None:
         """Remove our chains and jumps from both back ends."""
         for backend in BACKENDS:

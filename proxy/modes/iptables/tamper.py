@@ -27,6 +27,7 @@ class Watcher:
         self._uses: dict[str, Counter[str]] = {}
         self._generation = -1  # the last one after which `_uses` were seen in the kernel
         self._entries: dict[str, int] = {}
+        self.rules: dict[str, int] = {}  # of ours, by table
 
     def close(self) -> None:
         """Give the socket back."""
@@ -39,6 +40,7 @@ class Watcher:
         for table, found in chains.items():
             self._uses[table] = _uses(found.items()) if self._kernel else Counter()
             self._entries[table] = foreign[table] + _entries(found)
+            self.rules[table] = sum(map(len, found.values()))
         for table, _, ours in layout.JUMPS:
             self._uses[table][ours] += 1
             self._entries[table] += 1
@@ -46,6 +48,7 @@ class Watcher:
     def wrote(self, table: str, before: Chains, after: Chains) -> None:
         """Note that chains of a table were replaced."""
         self._entries[table] += _entries(after) - _entries(before)
+        self.rules[table] += sum(map(len, after.values())) - sum(map(len, before.values()))
         self._generation = -1
         if not self._kernel:
             return
