@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pynet.objects import BadObject, Object, Ref, ref_of
@@ -87,6 +87,7 @@ def test_pages_that_expired_are_asked_for_anew_and_all_at_once() -> None:
     assert reflector.request() == List(0)
 
 
+@settings(deadline=None, max_examples=40)
 @given(cuts=st.lists(st.integers(1, 4000), max_size=60))
 def test_a_watch_means_the_same_however_it_is_cut(cuts: list[int]) -> None:
     whole = listed("EndpointSlice", "list-endpointslices")

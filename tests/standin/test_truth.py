@@ -30,7 +30,8 @@ def server() -> Iterator[Server]:
 
 
 def ask(server: Server, path: str, method: str = "GET", accept: str = "application/json", body: Any = None) -> Any:
-    return urllib3.request(
+    pools = urllib3.PoolManager()  # of its own: a port may have been another server's a moment ago
+    return pools.request(
         method, server.url + path, headers={"Accept": accept, "Content-Type": "application/json"},
         body=None if body is None else json.dumps(body), retries=False,
     )  # fmt: skip
