@@ -21,7 +21,7 @@ def family_of(text: str) -> int:
     return 6 if ":" in text else 4
 
 
-class Vxlan(msgspec.Struct, frozen=True):
+class Vxlan(msgspec.Struct, frozen=True, gc=False):
     """What cannot be changed of a VXLAN device. `local`: the underlay address it sends from."""
 
     vni: int
@@ -29,7 +29,7 @@ class Vxlan(msgspec.Struct, frozen=True):
     local: str
 
 
-class Link(msgspec.Struct, frozen=True):
+class Link(msgspec.Struct, frozen=True, gc=False):
     """A network device. `master`: the index of the bridge (or bond) that it is a port of, 0 for none."""
 
     index: int
@@ -43,7 +43,7 @@ class Link(msgspec.Struct, frozen=True):
     vxlan: Vxlan | None = None
 
 
-class LinkAddress(msgspec.Struct, frozen=True):
+class LinkAddress(msgspec.Struct, frozen=True, gc=False):
     """An address of a link, with the length of its subnet's prefix."""
 
     dev: str
@@ -51,7 +51,7 @@ class LinkAddress(msgspec.Struct, frozen=True):
     length: int
 
 
-class Route(msgspec.Struct, frozen=True):
+class Route(msgspec.Struct, frozen=True, gc=False):
     """A route of the main table.
 
     `via`: the next hop, "" on link; "multipath" stands for several. `metric`: the kernel's priority, in IPv6 never 0.
@@ -70,7 +70,7 @@ class Route(msgspec.Struct, frozen=True):
     protocol: int = 0
 
 
-class Neighbour(msgspec.Struct, frozen=True):
+class Neighbour(msgspec.Struct, frozen=True, gc=False):
     """A permanent neighbour: `address` has `mac`, on `dev`."""
 
     dev: str
@@ -78,7 +78,7 @@ class Neighbour(msgspec.Struct, frozen=True):
     mac: str
 
 
-class Forwarding(msgspec.Struct, frozen=True):
+class Forwarding(msgspec.Struct, frozen=True, gc=False):
     """A permanent entry of a VXLAN device's forwarding table: frames to `mac` go to the underlay address `remote`."""
 
     dev: str
@@ -86,7 +86,7 @@ class Forwarding(msgspec.Struct, frozen=True):
     remote: str
 
 
-class NetState(msgspec.Struct, frozen=True):
+class NetState(msgspec.Struct, frozen=True, gc=False):
     """What was read at one time; neighbours and forwarding entries of the asked-for links only."""
 
     links: tuple[Link, ...] = ()

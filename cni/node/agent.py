@@ -19,7 +19,7 @@ from cni.node.ledger import Ledger
 from cni.node.masquerade import LINK_LOCAL, Masquerade, masquerade
 from cni.node.membership import Membership
 from cni.node.metrics import Metrics
-from cni.node.nodes import Member, Problem
+from cni.node.nodes import Member, Problem, claim_of
 from cni.node.podcidrs import Pool
 from cni.node.routes import DEVICES, PROTOCOL, Settings, Wanted
 from cni.node.status import NodeFile, Peer, Status, Writer
@@ -161,7 +161,9 @@ class Agent:
             return
         direct = [*self._options.settings.cluster_cidrs, *self._options.non_masquerade]
         direct += [] if self._options.masquerade_link_local else LINK_LOCAL
-        direct += [claim.cidr for member in members.values() for claim in member.claims]
+        # what the cluster CIDRs cover needs no element of its own
+        covers = [claim_of(cidr) for cidr in self._options.settings.cluster_cidrs]
+        direct += [c.cidr for c in want.claims if not any(w.first <= c.first and c.last <= w.last for w in covers)]
         direct += [address for member in members.values() for address in member.addresses]
         sets = masquerade(want.pod_cidrs, direct)
         self._masquerading.ensure(sets, audit)

@@ -25,7 +25,7 @@ class Problem(msgspec.Struct, frozen=True, order=True):
     reason: str
 
 
-class Claim(msgspec.Struct, frozen=True):
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """A pod CIDR and its first and last address as numbers; IPv6 ones are offset so that families never meet."""
 
     cidr: str
@@ -43,7 +43,7 @@ class Claim(msgspec.Struct, frozen=True):
         return self.cidr.partition("/")[0]
 
 
-class Member(msgspec.Struct, frozen=True):
+class Member(msgspec.Struct, frozen=True, gc=False):
     """A node of the cluster. `v4`, `v6`: where it is reached; `addresses`: all of its addresses."""
 
     name: str
@@ -127,6 +127,10 @@ class Claims:
             if claim.last >= first:
                 return claim, name
         return None
+
+    def all(self) -> tuple[Claim, ...]:
+        """Return every claim."""
+        return tuple(claim for claim, _ in self._by_first.values())
 
     def drop(self, claim: Claim) -> None:
         """Forget a claim."""

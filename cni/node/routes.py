@@ -56,7 +56,7 @@ class Device(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
 
 
-class Reach(msgspec.Struct, frozen=True):
+class Reach(msgspec.Struct, frozen=True, gc=False):
     """How the pods of one CIDR of a node are reached, and why so."""
 
     node: str
@@ -73,7 +73,7 @@ class Reach(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What should be true of this node's kernel, and what is said about it."""
+    """What should be true of this node's kernel, and what is said about it. `claims`: all nodes' that count."""
 
     reaches: tuple[Reach, ...] = ()
     routes: tuple[Route, ...] = ()
@@ -82,6 +82,7 @@ class Wanted(msgspec.Struct, frozen=True):
     devices: tuple[Device, ...] = ()
     problems: tuple[Problem, ...] = ()
     pod_cidrs: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
     pod_mtu: int = 0
     underlay: tuple[Underlay, ...] = ()
 
@@ -154,6 +155,7 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
         devices=_devices(here, reaches),
         problems=tuple(problem for m in members.values() for problem in m.problems) + conflicts + problems,
         pod_cidrs=tuple(held),
+        claims=claims.all(),
         pod_mtu=_pod_mtu(here, reaches),
         underlay=tuple(here.underlay.values()),
     )

@@ -15,7 +15,7 @@ from pynet import files
 STATUS, NODE, LOCK = "status.json", "node.json", "pynetd.lock"
 
 
-class Peer(msgspec.Struct, frozen=True):
+class Peer(msgspec.Struct, frozen=True, gc=False):
     """One pod CIDR of another node, how it is reached, and why so."""
 
     node: str

@@ -275,6 +275,9 @@ def test_what_nodes_say_wrongly_is_told_and_left_out(peers: list[Node], ways: di
     want = decided(*peers)
     assert {route.dst: route.via for route in want.routes} == ways
     assert any(problem in f"{each.object}: {each.reason}" for each in want.problems)
+    # a CIDR that is left out counts for no masquerade either
+    if "spec.podCIDRs" in problem:
+        assert {claim.cidr for claim in want.claims} == {*ways, *want.pod_cidrs}
 
 
 def test_a_node_that_is_this_machine_under_another_name_is_no_peer() -> None:
