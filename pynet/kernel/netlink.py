@@ -80,8 +80,17 @@ def each(buffer: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def attributes(buffer: bytes) -> dict[int, bytes]:
-    """Return the attributes in `buffer` by kind; of a repeated kind, the last."""
-    return dict(each(buffer))
+    """Return the attributes in `buffer` by kind; of a repeated kind, the last. A hot path, so not by `each`."""
+    found = {}
+    at, end = 0, len(buffer) - 3
+    unpack = _ATTR.unpack_from
+    while at < end:
+        length, kind = unpack(buffer, at)
+        if length < 4:
+            break
+        found[kind & _TYPE_MASK] = buffer[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return found
 
 
 def as_int(payload: bytes | None, default: int = 0) -> int:
