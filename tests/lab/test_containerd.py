@@ -57,7 +57,7 @@ def ports_of_bridge(lab: Lab) -> set[str]:
 
 
 def address_of(runtime: Containerd, name: str) -> str:
-    shown = runtime.exec(name, "/bin/ip", "-4", "-o", "address", "show", "eth0").stdout
+    shown = runtime.ask(name, "/bin/ip", "-4", "-o", "address", "show", "eth0")
     return shown.split()[3].split("/")[0]
 
 
@@ -73,7 +73,7 @@ def server(lab, runtime) -> str:
 def test_a_container_fetches_from_another_with_its_own_address(lab, runtime, server):
     runtime.start("asker", "/bin/sleep", "1000")
     own = address_of(runtime, "asker")
-    said = runtime.exec("asker", "/bin/wget", "-qO-", f"http://{server}:8080/cgi-bin/who").stdout
+    said = runtime.ask("asker", "/bin/wget", "-qO-", f"http://{server}:8080/cgi-bin/who")
     assert said.split() == ["NAME=server", f"[::ffff:{own}]"]
 
 
@@ -83,10 +83,10 @@ def test_a_container_fetches_from_a_service_and_from_itself_through_it(lab, runt
     runtime.start("caller", "/bin/sleep", "1000")
     wanted = f"[::ffff:{address_of(runtime, 'caller')}]"
     fetch = f"for n in $(seq 50); do wget -qO- {url} && exit; sleep 0.1; done; exit 1"
-    said = runtime.exec("caller", "/bin/sh", "-c", fetch).stdout
+    said = runtime.ask("caller", "/bin/sh", "-c", fetch)
     assert said.split() == ["NAME=server", wanted]
     gateway = server.rpartition(".")[0] + ".1"
-    assert runtime.exec("server", "/bin/wget", "-qO-", url).stdout.split() == [
+    assert runtime.ask("server", "/bin/wget", "-qO-", url).split() == [
         "NAME=server",
         f"[::ffff:{gateway}]",
     ]
@@ -95,7 +95,7 @@ def test_a_container_fetches_from_a_service_and_from_itself_through_it(lab, runt
 def test_a_container_reaches_a_pod_of_the_other_node_and_the_other_way_round(lab, runtime, server):
     pods.create_all(lab, [pods.record(lab, "far", "2", ports=pods.parse_ports("tcp:8080"))])
     far = lab.pod("far")
-    said = json.loads(runtime.exec("server", "/bin/wget", "-qO-", f"http://{far.addresses['IPv4']}:8080/").stdout)
+    said = json.loads(runtime.ask("server", "/bin/wget", "-qO-", f"http://{far.addresses['IPv4']}:8080/"))
     assert said["pod"] == "far"
     assert said["source"].startswith(f"{server}:")
     status, body = agents.http_status(lab.folder, "far", server, 8080, "/cgi-bin/who")
@@ -107,9 +107,11 @@ def test_the_runtime_s_del_leaves_nothing_of_a_container(lab, runtime, server):
     fetch = ("/bin/wget", "-qO-", f"http://{server}:8080/cgi-bin/who")
     options = ("--rm", "--cni", "--cgroup", "", "--snapshotter", "native")
     addresses = set()
-    for number in range(2):
+    for number in range(8):  # ctr at times loses the output of a short command
         said = runtime.ctr("run", *options, containerd.IMAGE, f"once{number}", *fetch).stdout
-        assert said.startswith("NAME=server")
-        addresses.add(said.split()[1])
+        assert said == "" or said.startswith("NAME=server")
+        addresses.update(said.split()[1:])
+        if len(addresses) == 2:
+            break
     assert len(addresses) == 2
     assert ports_of_bridge(lab) == before

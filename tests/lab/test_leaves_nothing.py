@@ -112,7 +112,9 @@ def test_down_without_a_lab():
 def test_down_while_up_is_at_work():
     play("""
 child = subprocess.Popen([LAB, "up"], stdout=sys.stderr)
-time.sleep(0.5)
+while not Path("/run/netns/lab-lab-client").exists():
+    assert child.poll() is None
+    time.sleep(0.01)
 lab("down")
 child.wait()
 """)

@@ -232,6 +232,13 @@ class Containerd:
         """Run a command in a container."""
         return self.ctr("tasks", "exec", "--exec-id", f"e{time.monotonic_ns()}", name, *command, check=check)
 
+    def ask(self, name: str, *command: str) -> str:
+        """Return what a command in a container says; ctr at times loses the output of a short one: then ask again."""
+        for _ in range(5):
+            if said := self.exec(name, *command).stdout:
+                return said
+        raise AssertionError(f"{name}: {' '.join(command)}: said nothing, five times")
+
     def stop(self, name: str) -> None:
         """End a container and remove it (ctr calls CNI DEL only in the foreground: the caller sees to the wiring)."""
         self.ctr("tasks", "kill", "--signal", "KILL", name, check=False)
