@@ -27,6 +27,16 @@ PACKAGES = {
     "depmod": "kmod",
     "busybox": "busybox-static",
 }
+# Runs a command in a process group that ends with whoever holds the other end of the pipe ($0): a machine whose pytest
+# was killed must not go on for minutes.
+_TIED = """lifeline=$0
+{ read -r -u "$lifeline"; kill -KILL -- -$$; } &
+watcher=$!
+"$@"
+status=$?
+kill $watcher
+exit $status"""
+
 # Metapackages that name a kernel, best first. The cloud kernels lack 9p.
 KERNELS = ("linux-image-amd64", "linux-image-6.12-amd64")
 
@@ -70,16 +80,21 @@ def boot(
     if share is not None:
         shares.append(_share("share", str(share), writable=True))
         words.append(f"SHARE={share}")
+    reader, writer = os.pipe()
     quoted = " ".join(_quote(word) for word in ("env", *words, "sh", str(script), *command))
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    machine: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]
         [
+            "bash", "-c", _TIED, str(reader),
             "vng", "--verbose", "--disable-kvm", "--force-9p", "--disable-microvm",
             "-r", str(image), "--memory", memory, "--cpus", str(min(os.cpu_count() or 1, 4)), "--user", "root",
             "--append", "loglevel=3", f"--qemu-opts={' '.join(shares)}",
             "--cwd", "/", "--exec", quoted,
         ],
-        env=_environment(), start_new_session=True, **{"stdin": subprocess.DEVNULL, **streams},
+        env=_environment(), start_new_session=True, pass_fds=[reader], **{"stdin": subprocess.DEVNULL, **streams},
     )  # fmt: skip
+    os.close(reader)
+    machine.lifeline = writer  # type: ignore[attr-defined]  # held open for as long as this process lives
+    return machine
 
 
 def stop(machine: subprocess.Popen[bytes]) -> None:
@@ -87,6 +102,7 @@ def stop(machine: subprocess.Popen[bytes]) -> None:
     if machine.poll() is None:
         os.killpg(machine.pid, signal.SIGKILL)
     machine.wait()
+    os.close(machine.lifeline)  # type: ignore[attr-defined]
 
 
 def _share(tag: str, path: str, *, writable: bool) -> str:
