@@ -220,8 +220,8 @@ def test_a_full_bridge_is_named(runtime: Runtime, netns: Names) -> None:
     conf = runtime.conf(isGateway=True, ipam={"type": "pynet-ipam", "subnet": "10.9.0.0/16"})
     pod = Pod(runtime, netns("pod"))
     pod.add(conf)
-    pairs = "".join(f"link add a{n} master cni0 type veth peer name b{n}\nlink set b{n} master cni0\n" for n in range(511))
-    runtime.host.run("ip", "-batch", "-", input=pairs)
+    pair = "link add a{0} master cni0 type veth peer name b{0}\nlink set b{0} master cni0\n"
+    runtime.host.run("ip", "-batch", "-", input="".join(pair.format(number) for number in range(511)))
     last = Pod(runtime, netns("last"))
     with pytest.raises(CniFailure) as refused:
         last.add(conf)
