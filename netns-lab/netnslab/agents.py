@@ -45,6 +45,7 @@ def wait(folder: Folder, name: str, pid: int = 0, seconds: float = 60) -> None:
     """Return when an agent answers: its ports are open then."""
     deadline = time.monotonic() + seconds
     while True:
+        asked = time.monotonic()
         try:
             ask(folder, name, {"operation": "ping"}, timeout=1)
             return
@@ -56,7 +57,7 @@ def wait(folder: Folder, name: str, pid: int = 0, seconds: float = 60) -> None:
                     command=f"{PROGRAM.name} {name}",
                     log=log.read_text() if log.exists() else "",
                 ) from None
-        time.sleep(0.005)
+        time.sleep(machine.pause(0.005, asked))
 
 
 def ask(folder: Folder, name: str, request: dict[str, Any], timeout: float = 60) -> dict[str, Any]:

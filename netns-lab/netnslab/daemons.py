@@ -107,6 +107,7 @@ def wait(folder: Folder, spec: Spec, node: NodeRecord, program: str) -> None:
     """Return when a daemon is ready; raise `LabError` with its log when it ends or takes too long."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
+        asked = time.monotonic()
         good, says = ready(folder, node, program)
         if good:
             return
@@ -117,7 +118,7 @@ def wait(folder: Folder, spec: Spec, node: NodeRecord, program: str) -> None:
                 command=" ".join(machine.inside(node.netns, *command(folder, spec, node, program))),
                 log=tail(log_path(folder, node, program)),
             )
-        time.sleep(0.02)
+        time.sleep(machine.pause(0.02, asked))
 
 
 def tail(path: Path, lines: int = 20) -> str:

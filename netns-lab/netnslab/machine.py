@@ -175,6 +175,15 @@ def end(pids: Sequence[int], *, gently: float = 0.0) -> None:
             time.sleep(0.005)
 
 
+def pause(least: float, asked: float) -> float:
+    """Return how long to wait before asking again, in seconds, after a question that began at the time `asked`.
+
+    Five times what the question took, so that who waits takes little of the processor from those it waits for: on an
+    emulated machine, polling at a fixed pace took more than the start of the daemons did.
+    """
+    return min(1.0, max(least, 5 * (time.monotonic() - asked)))
+
+
 def end_all(lab: str) -> None:
     """End every process of a lab, also those that are being started at this moment by one that is ended."""
     deadline = time.monotonic() + 20

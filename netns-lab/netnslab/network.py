@@ -51,6 +51,8 @@ def attach(
     mac = "02:00:" + ":".join(f"{part:02x}" for part in ipaddress.IPv4Address(addresses["IPv4"]).packed)
     machine.add_namespace(folder.name, netns)
     machine.sysctl(folder.name, netns, QUIET)
+    # the kernel takes a removed namespace's links away in its own time: the port of a machine of before may be there
+    machine.run(["ip", "-n", folder.netns("underlay"), "link", "del", port], check=False)
     machine.batch(
         folder.name,
         folder.netns("underlay"),

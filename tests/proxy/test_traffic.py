@@ -97,8 +97,6 @@ class Stage:
             c.endpoint.address == far and not c.masquerade for c in outcome.choices
         ):
             return  # the answer would take another way than through the node: so it is without a detector
-        if self.mode.name == "nftables" and client == "far" and any(c.endpoint.address == far for c in outcome.choices):
-            return  # knows hairpin of its own node's endpoints only: a pod that uses another node as its router
         if self.mode.name == "ipvs" and source.startswith("127."):
             return  # IPVS takes no packets from loopback addresses; the userspace proxy serves those beside it
         # SCTP takes no notice of a port that is unreachable (sctp_v4_err): it asks on

@@ -46,9 +46,9 @@ def part(family: Family, settings: NodeSettings, server: VirtualServer) -> Layou
                 continue
             chain = own[which] or _shared_pick(words, kind, frontend, protocol, which, slots, found)
             _add(found, f"{kind.prefix}-{which}-picks", key, f"goto {chain}")
+    # all endpoints, not this node's only: a slice may leave the node's name out, and a far pod may come by a node port
     for endpoint in dict.fromkeys((*used.get("cluster", ()), *used.get("local", ()))):
-        if endpoint.local:
-            _add(found, "hairpin", f"{_checked(endpoint.address)} . {endpoint.address}")
+        _add(found, "hairpin", f"{_checked(endpoint.address)} . {endpoint.address}")
     return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -94,6 +96,12 @@ def fetched(node: Namespace, path: str) -> str:
 
 
 def test_node_ports_without_privilege(host: OneHost, manifests: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner alone
+        Path(folder).chmod(0o755)
+        serve_without_privilege(host, Path(shutil.copytree(manifests, f"{folder}/manifests")))
+
+
+def serve_without_privilege(host: OneHost, manifests: Path) -> None:
     nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
     start(host.node, manifests, "--mode=userspace", "--userspace-listen-only", before=nobody)
     for address in ("127.0.0.1", "10.9.0.1"):
