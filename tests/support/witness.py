@@ -130,15 +130,36 @@ def _route(message: Any, names: dict[int, str]) -> dict[str, Any]:
 
 
 def _virtual_servers() -> Table:
-    from pyroute2 import IPVS, IPVSDest, IPVSService
+    from pyroute2 import IPVS, IPVSService
 
     found = []
     with IPVS() as kernel:
         for message in kernel.service("dump"):
-            service = IPVSService.from_message(message)
-            destinations = [IPVSDest.from_message(each) for each in kernel.dest("dump", service=service)]
-            found.append(dict(service) | {"destinations": [dict(each) for each in destinations]})
+            # The messages themselves: pyroute2's from_message keeps its own defaults for flags, timeout and method.
+            server = message.get("IPVS_CMD_ATTR_SERVICE")
+            known = {"af": "af", "fwmark": "mark", "protocol": "protocol", "addr": "address", "port": "port"}
+            identity = {
+                key: value for key in known if (value := server.get(f"IPVS_SVC_ATTR_{key.upper()}")) is not None
+            }
+            found.append(
+                {known[key]: value for key, value in identity.items()}
+                | {
+                    "scheduler": server.get("IPVS_SVC_ATTR_SCHED_NAME"),
+                    "flags": server.get("IPVS_SVC_ATTR_FLAGS")["flags"],
+                    "timeout": server.get("IPVS_SVC_ATTR_TIMEOUT"),
+                    "netmask": server.get("IPVS_SVC_ATTR_NETMASK"),
+                    "destinations": [
+                        _destination(each.get("IPVS_CMD_ATTR_DEST"))
+                        for each in kernel.dest("dump", service=IPVSService(**identity))
+                    ],
+                }
+            )
     return found
+
+
+def _destination(message: Any) -> dict[str, Any]:
+    names = {"addr": "address", "port": "port", "weight": "weight", "fwd_method": "method", "addr_family": "af"}
+    return {name: message.get(f"IPVS_DEST_ATTR_{key.upper()}") for key, name in names.items()}
 
 
 def _rules(family: str) -> dict[str, dict[str, Table]]:
