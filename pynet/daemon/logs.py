@@ -17,7 +17,7 @@ def configure(program: str, fmt: Literal["text", "json"] = "text", level: str = 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(program) if fmt == "json" else _KeyValue(program))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("urllib3", "kubernetes", "asyncio", "pyroute2"):
+    for chatty in ("urllib3", "kubernetes", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
