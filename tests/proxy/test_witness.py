@@ -103,6 +103,11 @@ def balance(nat: dict[str, witness.Table], address: str) -> list[tuple[str, dict
     return [(rule["target"]["DNAT"]["to-destination"], rule.get("statistic", {})) for rule in nat[way]]
 
 
+def has_jumps(saved: str) -> bool:
+    """Say whether iptables-save's text has all that leads to our chains."""
+    return all(f"-A {builtin} -j {name}\n" in saved for _, builtin, name in layout.JUMPS)
+
+
 @pytest.fixture
 def node(netns: Names, tmp_path: Path) -> Iterator[Namespace]:
     """A node with pyproxy in it, on the legacy back end."""
@@ -116,8 +121,8 @@ def node(netns: Names, tmp_path: Path) -> Iterator[Namespace]:
             str(programs() / "pyproxy"), "--mode=iptables", "--iptables-backend=legacy", f"--manifests={manifests}",
             "--hostname-override=n1", f"--cluster-cidr={','.join(PODS.values())}", stderr=log,
         )  # fmt: skip
-    saved = ("iptables-legacy-save", "ip6tables-legacy-save")
-    until("first rules", lambda: all("PYNET-SERVICES\n" in made.run(program, "-t", "nat") for program in saved))
+    for program in ("iptables-legacy-save", "ip6tables-legacy-save"):
+        until("the jumps, which come last", lambda program=program: has_jumps(made.run(program)))  # type: ignore[misc]
     yield made
     daemon.terminate()
     assert daemon.wait(20) == 0
