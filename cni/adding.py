@@ -133,11 +133,10 @@ class _Adding:
         if conf.ip_masq and conf.ip_masq_backend == "nftables":
             elements += [masquerade.key(address) for address, _ in networks]
         elements += [key for forward in forwards for key in hostport.keys(forward)]
-        there = rtnl.link_named(self.host, conf.bridge) is not None
         self.record = self.record._replace(
             addresses=tuple(address for address, _ in networks),
             elements=tuple(dict.fromkeys(elements)),
-            made_bridge=not there,
+            made_bridge=not rtnl.index_of(conf.bridge),
             iptables=conf.ip_masq and conf.ip_masq_backend == "iptables",
             ifb=bool(conf.bandwidth.egress_rate),
             udp_ports=tuple((f.host_port, f.family) for f in forwards if f.protocol == "udp"),

@@ -71,5 +71,9 @@ class AgentContext(Context):
 
     def delete_link(self, host: netlink.Socket, ifindex: int) -> None:
         """Delete a link of the host."""
-        del host
-        self._deletion.delete(ifindex)
+        self._deletion.delete(host, ifindex)
+
+    def close(self) -> None:
+        """Wait for deletions under way, and close the databases."""
+        self._deletion.close()
+        super().close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def install(directory: Path, *, names: tuple[str, ...] = NAMES) -> None:
 
 
 def executable(*, only_ipam: bool) -> str:
-    """Return the text of an executable. Options: I, no environment and no user folders; S, no site packages."""
+    """Return the text of an executable. Options: I, no environment and no user folders; S, no site packages.
+
+    It holds client.py as bytecode, which no call need compile, and says where to find it for another interpreter.
+    """
     here = Path(__file__).resolve().parent
     text = (here / "client.py").read_text(encoding="utf-8")
     text = text.replace('ROOT = ""\n', f"ROOT = {str(here.parent)!r}\n", 1)
@@ -30,7 +34,19 @@ def executable(*, only_ipam: bool) -> str:
     interpreter = os.path.realpath(
         sys.executable
     )  # past the environment's link: it needs nothing that is installed there
-    return f"#!{interpreter} -IS\n{text}"
+    code = marshal.dumps(compile(text, "client.py", "exec", dont_inherit=True, optimize=2))
+    return f"""\
+#!{interpreter} -IS
+# {here}/client.py, compiled
+import marshal, sys
+if sys.hexversion >> 16 == {sys.hexversion >> 16}:
+    exec(marshal.loads({code!r}))
+else:
+    sys.path.insert(0, {str(here.parent)!r})
+    from cni import client
+    client.ROOT, client.ONLY_IPAM = {str(here.parent)!r}, {only_ipam}
+    sys.exit(client.main())
+"""
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def flush(
         ctflush.address(one)
     for port, family in udp_ports:
         ctflush.udp_port(port, 2 if family == 4 else 10)
-    link = rtnl.link_named(host, bridge) if packed else None
-    if link is not None:
-        host.batch([rtnl.neighbour_request(link.ifindex, one, add=False) for one in packed])
+    at = rtnl.index_of(bridge) if packed else 0
+    if at:
+        host.batch([rtnl.neighbour_request(at, one, add=False) for one in packed])
 
 
 def remove_bridge(host: netlink.Socket, name: str) -> None:
@@ -237,18 +237,18 @@ def _addresses(
 
 def _delete_link(host: netlink.Socket, name: str, pod: int, ifname: str, context: Context) -> None:
     """Delete a link of the host; where it is missing, the pod's end of whatever made that."""
-    link = rtnl.link_named(host, name)
-    if link is not None:
-        context.delete_link(host, link.ifindex)
+    ifindex = rtnl.index_of(name)
+    if ifindex:
+        context.delete_link(host, ifindex)
     elif pod >= 0:
         wiring.delete_in_pod(pod, ifname)
 
 
 def delete_named(host: netlink.Socket, name: str, context: Context) -> None:
     """Delete a link of the host, if it is there."""
-    link = rtnl.link_named(host, name)
-    if link is not None:
-        context.delete_link(host, link.ifindex)
+    ifindex = rtnl.index_of(name)
+    if ifindex:
+        context.delete_link(host, ifindex)
 
 
 def _release(request: Request, environment: Mapping[str, str], context: Context) -> None:

@@ -1,7 +1,11 @@
-"""The agent's side of the executable's socket: one thread a call, root only, and only callers of our own namespace."""
+"""The agent's side of the executable's socket: root only, and only callers of our own namespace.
+
+Each thread accepts calls and serves them; whoever was the last idle one starts another, so that no call waits.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -23,6 +27,7 @@ OnRequest = Callable[[str, int, float], None]
 
 _LIMIT = 16 << 20
 _IDLE_SECONDS = 60
+_IDLE_THREADS = 4
 
 
 class Server:
@@ -33,18 +38,17 @@ class Server:
         self._on_request = on_request
         self._context = AgentContext()
         self._listener: socket.socket | None = None
-        self._acceptor: threading.Thread | None = None
-        self._calls: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
         self._lock = threading.Lock()
-        self._own = (0, 0)
+        self._home, self._own = -1, (0, 0)
 
     def start(self) -> None:
         """Begin to serve. Raise `OSError` when another agent listens there."""
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        fd = netns.own()
-        self._own = netns.identity(fd)
-        os.close(fd)
         _refuse_second(self.path)
+        self._home = netns.own()
+        self._own = netns.identity(self._home)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         draft = f"{self.path}.{os.getpid()}"
         with suppress(FileNotFoundError):
@@ -54,8 +58,7 @@ class Server:
         listener.listen(1024)
         os.replace(draft, self.path)
         self._listener = listener
-        self._acceptor = threading.Thread(target=self._accept, name="cni-socket", daemon=True)
-        self._acceptor.start()
+        self._one_more()
 
     def close(self) -> None:
         """Stop to accept, finish the calls under way, remove the socket."""
@@ -66,30 +69,53 @@ class Server:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        if self._acceptor is not None:
-            self._acceptor.join(timeout=5)
         deadline = time.monotonic() + _IDLE_SECONDS
         while (waiting := self._waiting()) and time.monotonic() < deadline:
             waiting[0].join(timeout=1)
         self._listener = None
+        os.close(self._home)
         self._context.close()
 
     def _waiting(self) -> list[threading.Thread]:
         with self._lock:
-            return [thread for thread in self._calls if thread.is_alive()]
+            return [thread for thread in self._threads if thread.is_alive()]
 
-    def _accept(self) -> None:
-        listener = self._listener
-        assert listener is not None
+    def _one_more(self) -> None:
+        thread = threading.Thread(target=self._accept, args=(self._listener,), name="cni-call", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+            self._idle += 1
+        try:
+            thread.start()
+        except RuntimeError as error:  # no thread left: calls wait for those under way
+            print(f"pynetd: calls of pynet-cni wait: {error}", file=sys.stderr)
+            with self._lock:
+                self._threads.discard(thread)
+                self._idle -= 1
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,), name="cni-call", daemon=True)
+            except OSError as error:
+                if listener.fileno() >= 0 and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    time.sleep(0.1)
+                    continue
+                break  # the listener is closed
             with self._lock:
-                self._calls.add(thread)
-            thread.start()
+                self._idle -= 1
+                last = self._idle == 0
+            if last:
+                self._one_more()
+            self._serve(connection)
+            if netns.path_identity("/proc/thread-self/ns/net") != self._own:
+                netns.enter(self._home)  # a call that broke off in a pod must not hand its place to the next one
+            with self._lock:
+                if self._idle >= _IDLE_THREADS:
+                    break
+                self._idle += 1
+        with self._lock:
+            self._threads.discard(threading.current_thread())
 
     def _serve(self, connection: socket.socket) -> None:
         begun = time.monotonic()
@@ -116,8 +142,6 @@ class Server:
         finally:
             for fd in fds:
                 os.close(fd)
-            with self._lock:
-                self._calls.discard(threading.current_thread())
             if self._on_request is not None and verb:
                 self._on_request(verb, code, time.monotonic() - begun)
 

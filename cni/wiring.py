@@ -68,7 +68,11 @@ def ensure_gateway_addresses(
 
     Setting its own hardware address (`pin`) keeps a bridge from taking the lowest of its ports'.
     """
-    present = {_interface(a.packed, a.prefix): a for a in rtnl.addresses(host, link.ifindex)}
+    present = {
+        _interface(a.packed, a.prefix): a
+        for family in {_family(address.packed) for address in wanted}
+        for a in rtnl.addresses(host, link.ifindex, family)
+    }
     missing = [address for address in wanted if address not in present]
     for address in missing:
         for other in list(present):

@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 CLONE_NEWNET = 0x40000000
 Identity = tuple[int, int]
@@ -82,6 +87,13 @@ def enter(fd: int) -> None:
         return
     import ctypes
 
-    if ctypes.CDLL(None, use_errno=True).setns(fd, CLONE_NEWNET):
+    if _c_library().setns(fd, CLONE_NEWNET):
         number = ctypes.get_errno()
         raise OSError(number, f"setns: {os.strerror(number)}")
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)

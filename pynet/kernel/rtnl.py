@@ -113,6 +113,26 @@ def link_named(sock: netlink.Socket, name: str) -> Link | None:
     return None if reply is None else _link(reply)
 
 
+def index_of(name: str) -> int:
+    """Return the index of a link of the calling thread's namespace, 0 without one; waits for nobody's changes.
+
+    For names that most likely are there: over a missing one the kernel asks for a module (dev_load).
+    """
+    try:
+        return _socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def is_listed(index: int) -> bool:
+    """Say whether the calling thread's namespace has a link of this index; waits for nobody's changes."""
+    try:
+        _socket.if_indextoname(index)
+    except OSError:
+        return False
+    return True
+
+
 def link_at(sock: netlink.Socket, index: int) -> Link | None:
     """Return the link of this index, or None."""
     body = _IFINFO.pack(0, 0, index, 0, 0) + u32(29, _EXT_SKIP_STATS)

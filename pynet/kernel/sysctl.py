@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 _ROOT = "/proc/sys"
 
 
@@ -12,10 +14,13 @@ class SysctlError(OSError):
 def read(name: str) -> str | None:
     """Return a sysctl's value, None where this kernel does not have it."""
     try:
-        with open(f"{_ROOT}/{name}") as file:
-            return file.read().strip()
+        fd = os.open(f"{_ROOT}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    try:
+        return os.read(fd, 4096).decode().strip()
+    finally:
+        os.close(fd)
 
 
 def write(name: str, value: str | int) -> bool:
