@@ -21,6 +21,9 @@ from .state import LabError
 
 NETNS = Path("/run/netns")
 MARK = "PYNET_LAB"
+# How many times slower than usual this machine is: what waits for something to happen waits as much longer. An emulated
+# machine says so (tests/vm/guest).
+SLOWNESS = float(os.environ.get("PYNET_LAB_SLOWNESS", "1"))
 
 
 class HostFacts(msgspec.Struct, frozen=True):

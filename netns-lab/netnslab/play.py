@@ -11,7 +11,7 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from . import agents, pods, stories, workloads
+from . import agents, machine, pods, stories, workloads
 from .cluster import Lab
 from .commands import change, parser
 from .paths import (
@@ -31,10 +31,11 @@ from .progress import err, out, step
 from .state import LabError, PodRecord, key_of
 from .stories import NAMESPACE, Do, Flow, FlowEnd, Put, Remove, Scenario
 
-TIMEOUT = 2.0  # seconds that one connection may take
-FIRST_TIMEOUT = 0.25  # the same at the first try, when a change may not have taken effect yet; doubled at each further
-ANSWERED = 1.0  # seconds since the last answer, for a flow that is said to be answered
-PAUSE = 0.03  # seconds between tries while a change takes effect
+TIMEOUT = 2.0 * machine.SLOWNESS  # seconds that one connection may take
+# the same at the first try, when a change may not have taken effect yet; doubled at each further
+FIRST_TIMEOUT = 0.25 * machine.SLOWNESS
+ANSWERED = 1.0 * machine.SLOWNESS  # seconds since the last answer, for a flow that is said to be answered
+PAUSE = 0.03 * machine.SLOWNESS  # seconds between tries while a change takes effect
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -236,7 +237,7 @@ _flows: dict[str, str] = {}  # name → the agent that keeps it
 
 def _end(lab: Lab, scenario: Scenario, given: FlowEnd) -> Row:
     agent = _flows.pop(given.flow_end)
-    deadline = time.monotonic() + (scenario.within if given.answered else 0)
+    deadline = time.monotonic() + (scenario.within * machine.SLOWNESS if given.answered else 0)
     look = {"operation": "flow_look", "name": given.flow_end}
     while time.monotonic() < deadline and agents.ask(lab.folder, agent, look)["silence"] > ANSWERED / 2:
         time.sleep(PAUSE)
@@ -254,7 +255,7 @@ def _end(lab: Lab, scenario: Scenario, given: FlowEnd) -> Row:
         wrong = "nothing was sent"
     if not wrong and reply["lost"] > given.lost:
         wrong = f"{reply['lost']} messages lost"
-    if not wrong and given.longest and reply["longest"] > given.longest:
+    if not wrong and given.longest and reply["longest"] > given.longest * machine.SLOWNESS:
         wrong = f"{reply['longest']:.1f} s without an answer"
     return Row(scenario.name, given.path, expected, found + (f"; {wrong}" if wrong else ""), not wrong, wrong)
 
@@ -266,7 +267,7 @@ def _try_paths(lab: Lab, scenario: Scenario, paths: Sequence[Path]) -> list[Row]
     def attempt(job: tuple[Path, str]) -> Row:
         path, family = job
         begin = time.monotonic()
-        deadline = begin + scenario.within
+        deadline = begin + scenario.within * machine.SLOWNESS
         patience = FIRST_TIMEOUT
         held = False
         while True:

@@ -110,6 +110,11 @@ PORTS = server("sctp", cluster_ip("10.96.0.9"), to=(POD2,), protocol="SCTP")
 ALL = (PLAIN, EXTERNAL_LOCAL, NO_LOCAL, EMPTY, RANGED, DATAGRAMS, HAIRPIN, STICKY, PORTS)
 
 
+def whole() -> list[Plan]:
+    """Return what stands in the lab between tests: the plans of both families."""
+    return [plan_of(*ALL), plan_of(PLAIN6, family=Family.V6)]
+
+
 class Lab:
     """The net with the mode on its node."""
 
@@ -137,7 +142,7 @@ def lab() -> Iterator[Lab]:
     names = Names()
     made = Lab(names)
     try:
-        made.do(lambda: made.mode.sync([plan_of(*ALL), plan_of(PLAIN6, family=Family.V6)]))
+        made.do(lambda: made.mode.sync(whole()))
         yield made
     finally:
         made.net.close()
@@ -148,7 +153,7 @@ def lab() -> Iterator[Lab]:
 def standing(lab: Lab) -> Iterator[Lab]:
     """The lab, put back afterwards."""
     yield lab
-    lab.do(lambda: lab.mode.sync([plan_of(*ALL)]))
+    lab.do(lambda: lab.mode.sync(whole()))
 
 
 @pytest.mark.parametrize("client", ["pod2", "node", "other", "outside"])
@@ -363,8 +368,8 @@ def test_an_address_that_the_node_gets_serves_node_ports(standing: Lab) -> None:
 def test_a_new_process_adopts_what_is_there(standing: Lab) -> None:
     with inside(standing.net.node):
         heir = IpvsMode(Options(), backend="nft")
-        heir.sync([plan_of(*ALL), plan_of(PLAIN6, family=Family.V6)])
-        assert heir.sync([plan_of(*ALL), plan_of(PLAIN6, family=Family.V6)]).objects == 0
+        heir.sync(whole())
+        assert heir.sync(whole()).objects == 0
         assert not heir.lacking(["rr", "wrr", "lc", "wlc", "sh", "dh", "sed", "nq", "mh"])
         assert heir.lacking(["nosuch"]) == {"nosuch"}
 
