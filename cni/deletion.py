@@ -23,7 +23,7 @@ class _Wish:
 
     def __init__(self, ifindex: int) -> None:
         self.ifindex = ifindex
-        self.done = False
+        self.done = threading.Event()
         self.error: BaseException | None = None
 
 
@@ -31,7 +31,7 @@ class SharedDeletion:
     """For all threads of one process and namespace."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
         self._wanted: list[_Wish] = []
         self._deleter: threading.Thread | None = None
         self._numbers = itertools.count()
@@ -39,18 +39,19 @@ class SharedDeletion:
     def delete(self, host: netlink.Socket, ifindex: int) -> None:
         """Delete a link and return when it is in no list of the kernel's. Raise `NetlinkError`."""
         wish = _Wish(ifindex)
-        with self._condition:
+        with self._lock:
             self._wanted.append(wish)
-            if self._deleter is None:
+            alone = self._deleter is None
+            if alone:
                 self._deleter = threading.Thread(target=self._work, name="link-deletion", daemon=True)
                 self._deleter.start()
-            while not self._condition.wait_for(lambda: wish.done, _LOOK_AGAIN_SECONDS):
-                if not rtnl.is_listed(ifindex):
-                    break
+        # only who comes alone looks: in a crowd the looking would cost all of them more than the rest of the wait
+        while not wish.done.wait(_LOOK_AGAIN_SECONDS if alone else None):
+            if not rtnl.is_listed(ifindex):
+                rtnl.link_at(host, ifindex)  # waits for the lock under which routes, neighbours and the port go as well
+                return
         if wish.error is not None:
             raise wish.error
-        if not wish.done:
-            rtnl.link_at(host, ifindex)  # waits for the lock under which routes, neighbours and the port go as well
 
     def close(self) -> None:
         """Wait for the deletions under way."""
@@ -60,17 +61,15 @@ class SharedDeletion:
 
     def _work(self) -> None:
         while True:
-            with self._condition:
+            with self._lock:
                 batch, self._wanted = self._wanted, []
                 if not batch:
                     self._deleter = None
                     return
             failed = self._delete(list(dict.fromkeys(wish.ifindex for wish in batch)))
-            with self._condition:
-                for wish in batch:
-                    wish.error = failed.get(wish.ifindex)
-                    wish.done = True
-                self._condition.notify_all()
+            for wish in batch:
+                wish.error = failed.get(wish.ifindex)
+                wish.done.set()
 
     def _delete(self, batch: list[int]) -> dict[int, BaseException]:
         """Delete links; return the errors of those that could not be."""
