@@ -36,6 +36,7 @@ class Reporter:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        data.pop("node", None)  # xdist's own object in this process
         self._out.write(json.dumps(data, default=str) + "\n")
 
 
@@ -71,6 +72,7 @@ class Lane:
             self._machine = machine.boot(
                 [
                     "python", "-m", "pytest", f"@{self._share}/arguments",
+                    "-n", "2", "--dist", "loadfile",  # qemu emulates each of the guest's processors in a thread
                     "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
                 ],
                 image, share=self._share, stdout=console, stderr=console,
@@ -170,7 +172,7 @@ def install(config: pytest.Config) -> None:
     """Run or forward the tests marked `vm`, as this process is in the guest or not."""
     if in_guest():
         reports = os.environ.get("PYNET_VM_REPORTS")
-        if reports:
+        if reports and not hasattr(config, "workerinput"):
             config.pluginmanager.register(Reporter(config, Path(reports)))
     else:
         config.pluginmanager.register(Lane(config))
