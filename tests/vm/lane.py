@@ -72,7 +72,6 @@ class Lane:
             self._machine = machine.boot(
                 [
                     "python", "-m", "pytest", f"@{self._share}/arguments",
-                    "-n", "2", "--dist", "loadfile",  # qemu emulates each of the guest's processors in a thread
                     "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
                 ],
                 image, share=self._share, stdout=console, stderr=console,
