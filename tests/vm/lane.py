@@ -61,6 +61,7 @@ class Lane:
         names = [item.nodeid for item in session.items if item.get_closest_marker("vm")]
         if not names or session.config.option.collectonly or self._worker not in ("", "gw0"):
             return
+        sweep()
         self._share.mkdir(parents=True, exist_ok=True)
         try:
             image = machine.kernel()
@@ -88,18 +89,14 @@ class Lane:
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
         if self._machine is not None:
+            # other workers may wait for reports still: the guest ends by itself when the last test has
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._machine.wait(10)  # for the guest's own summary on its console
+                self._machine.wait(10 if exitstatus == pytest.ExitCode.INTERRUPTED else LIMIT_SECONDS)
             machine.stop(self._machine)
-        if self._worker in ("", "gw0"):
-            self._keep_console()
-
-    def _keep_console(self) -> None:
-        if (self._share / "console").exists():
-            os.replace(self._share / "console", machine.CACHE / "last-console")
-        shutil.rmtree(self._share, ignore_errors=True)
+        if not self._worker:
+            sweep()
 
     def _write(self, name: str, text: str) -> None:
         (self._share / f"{name}.part").write_text(text)
@@ -138,15 +135,7 @@ class Lane:
         """Tell whether the machine is gone; another worker's is looked up by its process id."""
         if self._machine is not None:
             return self._machine.poll() is not None
-        try:
-            pid = int((self._share / "started").read_text())
-        except (FileNotFoundError, ValueError):
-            return False
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        return state == "Z"
+        return (pid := _started(self._share)) is not None and not _runs(pid)
 
     def _unavailable(self) -> str | None:
         try:
@@ -159,6 +148,31 @@ class Lane:
             return (self._share / "console").read_text(errors="replace")[-6000:]
         except FileNotFoundError:
             return "(no console)"
+
+
+def sweep() -> None:
+    """Remove what runs left whose machine has ended: by the process that is the last to look, or the next run."""
+    for share in machine.CACHE.glob("run-*"):
+        pid = _started(share)
+        if pid is not None and not _runs(pid):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(share / "console", machine.CACHE / "last-console")
+            shutil.rmtree(share, ignore_errors=True)
+
+
+def _started(share: Path) -> int | None:
+    """Return the process id of a run's machine; None where it has not been started."""
+    try:
+        return int((share / "started").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _report(item: pytest.Item, outcome: str, text: str) -> pytest.TestReport:
