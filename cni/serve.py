@@ -120,7 +120,6 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         begun = time.monotonic()
         fds: list[int] = []
-        verb, code = "", 1
         try:
             with connection:
                 connection.settimeout(_IDLE_SECONDS)
@@ -130,20 +129,18 @@ class Server:
                     connection.sendall(NOT_MINE)
                     return
                 program, environment, stdin = _request(message)
-                verb = environment.get("CNI_COMMAND", "")
                 answer = verbs.serve(
                     environment, stdin, self._context,
                     only_ipam=program == "ipam", pod_netns=fds[0] if fds else -1,
                 )  # fmt: skip
-                code = answer.code
+                if self._on_request is not None:  # before the answer: who has it finds it counted
+                    self._on_request(environment.get("CNI_COMMAND", ""), answer.code, time.monotonic() - begun)
                 connection.sendall(b"%d" % answer.code + answer.output.encode())
         except (OSError, ValueError) as error:
             print(f"pynetd: a call of pynet-cni broke off: {error}", file=sys.stderr)
         finally:
             for fd in fds:
                 os.close(fd)
-            if self._on_request is not None and verb:
-                self._on_request(verb, code, time.monotonic() - begun)
 
     def _is_ours(self, connection: socket.socket) -> bool:
         """Say whether the caller is root and in our network namespace; another's pods would be wired to our bridge."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -10,12 +11,15 @@ from cni import naming, netconf, spec
 from cni.context import Context
 from cni.database import Damaged
 from cni.ipam import allocator, ranges
-from cni.ipam.store import Held, Owner, Store
+from cni.ipam.store import Allotment, Held, Owner, Store
 from pynet.kernel import netlink, netns, rtnl
 
 TYPE = ranges.TYPE
 MAIN_TYPE = "pynet-cni"
 T = TypeVar("T")
+
+_LINGER_SECONDS = 2.0
+"""How long the kernel may take to remove the links of a namespace that is gone before its addresses stay taken."""
 
 
 def add(request: spec.Request, context: Context, pod_netns: int = -1) -> spec.Result:
@@ -24,9 +28,16 @@ def add(request: spec.Request, context: Context, pod_netns: int = -1) -> spec.Re
     dns = resolver(conf.resolv_conf)
     store = context.store(conf.data_dir, conf.network)
     owner = _owner(request, context, pod_netns)
-    allotments = repaired(
-        request, store, lambda: store.reserve(conf, owner, conf.requested, context.now(), gone_of(context))
-    )
+
+    def reserve() -> list[Allotment]:
+        return store.reserve(conf, owner, conf.requested, context.now(), gone_of(context))
+
+    try:
+        allotments = repaired(request, store, reserve)
+    except spec.CniError as error:
+        if error.code != spec.TRY_LATER or not _await_links(store):
+            raise
+        allotments = reserve()
     ips = tuple(
         spec.Ip(f"{one.address}/{one.range.prefix}", ranges.shown(one.range.gateway, one.range.family))
         for one in allotments
@@ -75,6 +86,7 @@ def status(request: spec.Request, context: Context) -> None:
     store = context.store(conf.data_dir, conf.network)
     free = [store.free(one) for one in conf.sets]
     if min(free) == 0:
+        _await_links(store)
         repaired(request, store, lambda: store.release_where(gone_of(context), context.now()))
         free = [store.free(one) for one in conf.sets]
     if min(free) == 0:
@@ -149,12 +161,27 @@ def gone_of(context: Context) -> Callable[[Owner], bool]:
     def gone(owner: Owner) -> bool:
         if owner.boot and owner.boot != context.boot:
             return True
-        if not owner.inode or netns.path_identity(owner.netns) == (owner.device, owner.inode):
-            return False
-        with netlink.Socket() as host:
-            return rtnl.link_named(host, naming.host_link(owner.container, owner.ifname)) is None
+        return _has_left(owner) and not _has_link(owner)
 
     return gone
+
+
+def _has_left(owner: Owner) -> bool:
+    return bool(owner.inode) and netns.path_identity(owner.netns) != (owner.device, owner.inode)
+
+
+def _has_link(owner: Owner) -> bool:
+    with netlink.Socket() as host:
+        return rtnl.link_named(host, naming.host_link(owner.container, owner.ifname)) is not None
+
+
+def _await_links(store: Store) -> bool:
+    """Wait for the kernel to remove the links of pods that have left their paths; say whether there are such pods."""
+    left = [held.owner for held in store.all() if _has_left(held.owner)]
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while any(_has_link(owner) for owner in left) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(left)
 
 
 def resolver(path: str) -> spec.Dns:

@@ -6,6 +6,7 @@ the reports of its own. In the guest (PYNET_VM=1) they are ordinary tests whose 
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -68,11 +69,14 @@ class Lane:
         except machine.Unavailable as error:
             self._write("unavailable", str(error))
             return
+        for package in ("pynet", "cni", "proxy", "tests"):  # the guest cannot keep what it compiles
+            compileall.compile_dir(machine.ROOT / package, quiet=2)
         self._write("arguments", "\n".join(names) + "\n")
         with (self._share / "console").open("ab") as console:  # ab: qemu opens it several times
             self._machine = machine.boot(
                 [
                     "python", "-m", "pytest", f"@{self._share}/arguments",
+                    "-n", "2", "--dist", "loadfile",
                     "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
                 ],
                 image, share=self._share, stdout=console, stderr=console,

@@ -87,7 +87,7 @@ def boot(
             "bash", "-c", _TIED, str(reader),
             "vng", "--verbose", "--disable-kvm", "--force-9p", "--disable-microvm",
             "-r", str(image), "--memory", memory, "--cpus", str(min(os.cpu_count() or 1, 4)), "--user", "root",
-            "--append", "loglevel=3", f"--qemu-opts={' '.join(shares)}",
+            "--append", "loglevel=3 mitigations=off audit=0", f"--qemu-opts={' '.join(shares)}",
             "--cwd", "/", "--exec", quoted,
         ],
         env=_environment(), start_new_session=True, pass_fds=[reader], **{"stdin": subprocess.DEVNULL, **streams},
