@@ -21,7 +21,7 @@ class Namespace:
         self.path = f"/run/netns/{name}"
         self._children: list[subprocess.Popen[str]] = []
         subprocess.run(["ip", "netns", "add", name], check=True)
-        self.run("ip", "link", "set", "lo", "up")
+        self.batch("link set lo up")
 
     def run(self, *command: str, check: bool = True, input: str | None = None, timeout: float = 60) -> str:
         done = subprocess.run(
@@ -33,6 +33,15 @@ class Namespace:
                 f"{self.name}: {' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
             )
         return done.stdout
+
+    def batch(self, *lines: str) -> None:
+        """Run commands of `ip` here, one a line, in one process."""
+        text = "".join(f"{line}\n" for line in lines)
+        done = subprocess.run(
+            ["ip", "-n", self.name, "-batch", "-"], input=text, text=True, capture_output=True, check=False
+        )
+        if done.returncode:
+            raise AssertionError(f"{self.name}: ip -batch: {done.stderr}\n{text}")
 
     def start(self, *command: str, **options: object) -> subprocess.Popen[str]:
         child: subprocess.Popen[str] = subprocess.Popen(  # type: ignore[call-overload]
@@ -80,10 +89,8 @@ class Names:
 
 def connect(left: Namespace, right: Namespace, left_if: str, right_if: str) -> None:
     """Join two namespaces by a veth pair, both ends up, no addresses."""
-    ends = f"{left_if} netns {left.name} type veth peer name {right_if} netns {right.name}"
-    subprocess.run(["ip", "link", "add", *ends.split()], check=True)
-    left.run("ip", "link", "set", left_if, "up")
-    right.run("ip", "link", "set", right_if, "up")
+    left.batch(f"link add {left_if} type veth peer name {right_if} netns {right.name}", f"link set {left_if} up")
+    right.batch(f"link set {right_if} up")
 
 
 def programs() -> Path:

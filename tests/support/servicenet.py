@@ -126,26 +126,17 @@ class ServiceNet:
     def __init__(self, names: Names) -> None:
         self.lan = names("lan")
         self.hosts: dict[str, Host] = {}
-        self.lan.run("ip", "link", "add", "br0", "type", "bridge")
-        self.lan.run("ip", "link", "set", "br0", "up")
-        node = self._host(names, "node", "192.168.77.1", "fd00:77::1")
-        other = self._host(names, "other", "192.168.77.2", "fd00:77::2")
-        outside = self._host(names, "outside", "192.168.77.100", "fd00:77::100")
-        for host in (node, other, outside):
-            self._attach(host)
-        for host, net in ((node, 1), (other, 2)):
-            self._bridge(host, net)
-        self._pod(names, node, "pod1", 1, 2)
-        self._pod(names, node, "pod2", 1, 3)
-        self._pod(names, other, "far", 2, 2)
-        self._routes(node, [("10.244.2.0/24", "192.168.77.2"), ("default", "192.168.77.100")], 4)
-        self._routes(node, [("fd00:244:2::/64", "fd00:77::2"), ("default", "fd00:77::100")], 6)
-        services4 = [(net, "192.168.77.1") for net in ("10.96.0.0/12", "203.0.113.0/24", "10.244.1.0/24")]
-        services6 = [(net, "fd00:77::1") for net in ("fd00:96::/112", "fd00:113::/64", "fd00:244:1::/64")]
-        self._routes(other, services4, 4)
-        self._routes(other, services6, 6)
-        self._routes(outside, [*services4, ("10.244.2.0/24", "192.168.77.2")], 4)
-        self._routes(outside, [*services6, ("fd00:244:2::/64", "fd00:77::2")], 6)
+        self.lan.batch("link add br0 type bridge", "link set br0 up")
+        services = [(net, "192.168.77.1") for net in ("10.96.0.0/12", "203.0.113.0/24", "10.244.1.0/24")]
+        services += [(net, "fd00:77::1") for net in ("fd00:96::/112", "fd00:113::/64", "fd00:244:1::/64")]
+        far = [("10.244.2.0/24", "192.168.77.2"), ("fd00:244:2::/64", "fd00:77::2")]
+        away = [("default", "192.168.77.100"), ("default", "fd00:77::100")]
+        self._host(names, "node", 1, [*far, *away], net=1)
+        self._host(names, "other", 2, services, net=2)
+        self._host(names, "outside", 100, [*services, *far])
+        self._pod(names, "node", "pod1", 1, 2)
+        self._pod(names, "node", "pod2", 1, 3)
+        self._pod(names, "other", "far", 2, 2)
         self.servers = Servers()
 
     def __getitem__(self, name: str) -> Host:
@@ -158,41 +149,33 @@ class ServiceNet:
     def close(self) -> None:
         self.servers.close()
 
-    def _host(self, names: Names, name: str, v4: str, v6: str) -> Host:
-        self.hosts[name] = Host(names(name), v4, v6)
-        _no_dad(self.hosts[name].namespace)
-        return self.hosts[name]
-
-    def _attach(self, host: Host) -> None:
-        port = f"p-{host.v4.rsplit('.', 1)[1]}"
-        connect(host.namespace, self.lan, "eth0", port)
-        self.lan.run("ip", "link", "set", port, "master", "br0")
-        _batch(host.namespace, f"addr add {host.v4}/24 dev eth0", f"addr add {host.v6}/64 dev eth0")
+    def _host(
+        self, names: Names, name: str, number: int, routes: list[tuple[str, str]], net: int | None = None
+    ) -> None:
+        """Make a host on the LAN; `routes`: networks and their gateways; `net`: of the bridge for its pods."""
+        host = self.hosts[name] = Host(names(name), f"192.168.77.{number}", f"fd00:77::{number}")
+        _no_dad(host.namespace)
         for family in ("ipv4", "ipv6"):
             _sysctl(host.namespace, f"net/{family}/conf/all/forwarding", "1")
+        connect(host.namespace, self.lan, "eth0", f"p-{number}")
+        self.lan.batch(f"link set p-{number} master br0")
+        lines = [f"addr add {host.v4}/24 dev eth0", f"addr add {host.v6}/64 dev eth0"]
+        if net is not None:
+            lines += ["link add cni0 type bridge", "link set cni0 up"]
+            lines += [f"addr add 10.244.{net}.1/24 dev cni0", f"addr add fd00:244:{net}::1/64 dev cni0"]
+        host.namespace.batch(*lines, *(f"route add {network} via {gateway}" for network, gateway in routes))
 
-    def _bridge(self, host: Host, net: int) -> None:
-        _batch(
-            host.namespace,
-            "link add cni0 type bridge",
-            "link set cni0 up",
-            f"addr add 10.244.{net}.1/24 dev cni0",
-            f"addr add fd00:244:{net}::1/64 dev cni0",
-        )
-
-    def _pod(self, names: Names, node: Host, name: str, net: int, number: int) -> None:
-        host = self._host(names, name, f"10.244.{net}.{number}", f"fd00:244:{net}::{number}")
-        connect(host.namespace, node.namespace, "eth0", f"veth{number}")
-        node.namespace.run("ip", "link", "set", f"veth{number}", "master", "cni0")
-        # As the CNI plugin sets it: hairpin traffic leaves through the port that it came from.
-        node.namespace.run("bridge", "link", "set", "dev", f"veth{number}", "hairpin", "on")
-        _batch(host.namespace, f"addr add {host.v4}/24 dev eth0", f"addr add {host.v6}/64 dev eth0")
-        self._routes(host, [("default", f"10.244.{net}.1")], 4)
-        self._routes(host, [("default", f"fd00:244:{net}::1")], 6)
-
-    def _routes(self, host: Host, routes: list[tuple[str, str]], family: int) -> None:
-        lines = (f"route add {network} via {via}" for network, via in routes)
-        _batch(host.namespace, *lines, family=family)
+    def _pod(self, names: Names, node: str, name: str, net: int, number: int) -> None:
+        host = self.hosts[name] = Host(names(name), f"10.244.{net}.{number}", f"fd00:244:{net}::{number}")
+        _no_dad(host.namespace)
+        at = self.hosts[node].namespace
+        connect(host.namespace, at, "eth0", f"veth{number}")
+        # as the CNI plugin sets it: hairpin traffic leaves through the port that it came from
+        at.batch(f"link set veth{number} master cni0", f"link set veth{number} type bridge_slave hairpin on")
+        host.namespace.batch(
+            f"addr add {host.v4}/24 dev eth0", f"addr add {host.v6}/64 dev eth0",
+            f"route add default via 10.244.{net}.1", f"route add default via fd00:244:{net}::1",
+        )  # fmt: skip
 
     def ask(
         self, client: str, address: str, port: int, protocol: str = "TCP", *, source: str = "", wait: float = 5
@@ -220,10 +203,6 @@ class ServiceNet:
                 raise
         server, _, seen = said.partition(" ")
         return Answer(server, seen)
-
-
-def _batch(namespace: Namespace, *lines: str, family: int | None = None) -> None:
-    namespace.run("ip", *([f"-{family}"] if family else []), "-batch", "-", input="\n".join(lines) + "\n")
 
 
 def _sysctl(namespace: Namespace, name: str, value: str) -> None:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "vm"
 GUEST = Path(__file__).with_name("guest")
 
+QUICK = "loglevel=3 mitigations=off audit=0 rcupdate.rcu_expedited=1"  # what an emulated processor need not do
+
 READY, EXIT = b"pynet-guest: ready", b"pynet-guest: exit "  # what the script `guest` says on its console
 
 # program that must be there → the Debian package that has it
@@ -87,7 +89,7 @@ def boot(
             "bash", "-c", _TIED, str(reader),
             "vng", "--verbose", "--disable-kvm", "--force-9p", "--disable-microvm",
             "-r", str(image), "--memory", memory, "--cpus", str(min(os.cpu_count() or 1, 4)), "--user", "root",
-            "--append", "loglevel=3 mitigations=off audit=0", f"--qemu-opts={' '.join(shares)}",
+            "--append", QUICK, f"--qemu-opts={' '.join(shares)}",
             "--cwd", "/", "--exec", quoted,
         ],
         env=_environment(), start_new_session=True, pass_fds=[reader], **{"stdin": subprocess.DEVNULL, **streams},
