@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,28 @@ class Lane:
         except machine.Unavailable as error:
             self._write("unavailable", str(error))
             return
-        for package in ("pynet", "cni", "proxy", "tests"):  # the guest cannot keep what it compiles
-            compileall.compile_dir(machine.ROOT / package, quiet=2)
         self._write("arguments", "\n".join(names) + "\n")
+        self._compile()
         with (self._share / "console").open("ab") as console:  # ab: qemu opens it several times
             self._machine = machine.boot(
                 [
-                    "python", "-m", "pytest", f"@{self._share}/arguments",
-                    "-n", "2", "--dist", "loadfile",
-                    "-p", "no:randomly", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
+                    "env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1",  # they take long to import
+                    "python", "-m", "pytest", f"@{self._share}/arguments", "-p", "xdist", "-n", "2",
+                    "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
                 ],
                 image, share=self._share, stdout=console, stderr=console,
             )  # fmt: skip
         self._write("started", str(self._machine.pid))
+
+    def _compile(self) -> None:
+        """Have all that the guest imports compiled: it cannot keep what it compiles, and takes ten times as long."""
+        for package in ("pynet", "cni", "proxy"):
+            compileall.compile_dir(machine.ROOT / package, quiet=2)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        collecting = ["-m", "pytest", f"@{self._share}/arguments", "--collect-only", "-q", "-p", "no:cacheprovider"]
+        subprocess.run(
+            [sys.executable, *collecting], cwd=machine.ROOT, env=environment, capture_output=True, check=False
+        )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
