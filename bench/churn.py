@@ -41,7 +41,7 @@ class Lag:
         self.first = threading.Event()
         self.taken = 0
 
-    def follow(self, _cluster: Cluster, _changes: Sequence[PlanChange]) -> None:
+    def follow(self, _cluster: Cluster, _changes: Sequence[PlanChange], _touched: object) -> None:
         now = time.monotonic()
         taken, self.taken = self.taken, 0
         for _ in range(taken):
