@@ -27,6 +27,7 @@ lint: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/mypy netns-lab/netnslab netns-lab/apiserver bench
 	.venv/bin/lint-imports
 
 format:

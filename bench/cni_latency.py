@@ -126,7 +126,7 @@ def round_of(
     for command in ("ADD", "DEL"):
         begun = time.perf_counter()
         with ThreadPoolExecutor(at_once, initializer=enter, initargs=(host,)) as pool:
-            found.append(list(pool.map(lambda pod, command=command: timed(command, pod), pods)))  # type: ignore[misc]
+            found.append(list(pool.map(lambda pod, command=command: timed(command, pod), pods)))
         whole.append((time.perf_counter() - begun) / len(pods))
     return found[0], found[1], whole[0], whole[1]
 

@@ -16,7 +16,7 @@ BENCHMARKS = {
     "userspace.py": ["--requests", "300", "--seconds", "0.5", "--runs", "1"],
     "cni_latency.py": ["--quick"],
     "routes.py": ["--quick"],
-    "apiserver.py": ["--quick"],
+    "source.py": ["--quick"],
     "runtime.py": ["--quick"],
 }
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import peers
@@ -57,7 +58,7 @@ def peer(mode: str, services: int, changes: int) -> dict[str, float]:
             script = peers.nftables_change(ENDPOINTS, number, index + 1)
         else:
             script = peers.iptables_change(services, ENDPOINTS, number, index + 1)
-        totals.append(timed(lambda script=script: load(script)))
+        totals.append(timed(partial(load, script)))
     return {"cold": cold, "p50": median(totals), "p99": percentile(totals, 0.99)}
 
 

@@ -73,10 +73,10 @@ def resource_list(base: str) -> Json | None:
         if resource.categories:
             entry["categories"] = list(resource.categories)
         entries.append(entry)
-        for part, group_name, version, kind in _parts(resource):
+        for part, group_name, its_version, kind in _parts(resource):
             entry = {"name": f"{resource.plural}/{part}", "singularName": "", "namespaced": resource.namespaced}
             if group_name:
-                entry |= {"group": group_name, "version": version}
+                entry |= {"group": group_name, "version": its_version}
             entries.append({**entry, "kind": kind, "verbs": list(_PART_VERBS)})
     version = {"apiVersion": "v1"} if served[0].group else {}
     return {"kind": "APIResourceList", **version, "groupVersion": served[0].api_version, "resources": entries}

@@ -47,7 +47,7 @@ class Resource:
         return f"{self.kind}List"
 
 
-_NODE_ZERO = (
+_NODE_ZERO: tuple[tuple[str, Any], ...] = (
     ("spec", {}),
     (
         "status",
@@ -71,7 +71,7 @@ _NODE_ZERO = (
         },
     ),
 )
-_APPS = {"status": True, "scale": True, "generation": True, "categories": ("all",)}
+_APPS: dict[str, Any] = {"status": True, "scale": True, "generation": True, "categories": ("all",)}
 _RBAC = "rbac.authorization.k8s.io"
 
 RESOURCES: tuple[Resource, ...] = (

@@ -192,7 +192,8 @@ class _Listener(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -456,9 +457,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.store, resource, namespace, selected, self.query, start, owner.bookmark_every, self._alive
         )
         as_table = self._wants_table()
-        lines = (self._lines(resource, batch, as_table) for batch in stream)
-        if fault is not None:
-            lines = _troubled(lines, fault)
+        sound = (self._lines(resource, batch, as_table) for batch in stream)
+        lines: Iterator[list[bytes] | _End] = _troubled(sound, fault) if fault is not None else sound
         for batch in lines:
             if isinstance(batch, _End):
                 self._end_watch(batch, fault)

@@ -182,7 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     size, seconds = (1000, 1.0) if args.quick else (args.size, args.seconds)
     table = Table(
-        "apiserver",
+        "source",
         "A cluster through the API: start, and changes",
         ["slices", "endpoints", "list", "what", "seconds", "CPU s", "not told", "lag p50 ms", "lag p99 ms", "peak MiB"],
     )
