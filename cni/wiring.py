@@ -88,10 +88,10 @@ def ensure_gateway_addresses(
                 f"address {other} of {link.name}", absent=(errno.EADDRNOTAVAIL,),
             )  # fmt: skip
             del present[other]
+    if any(address.version == 6 for address in wanted):
+        skip_dad(link.name)
     for address in missing:
         flags = rtnl.F_NODAD if address.version == 6 else 0
-        if address.version == 6:
-            sysctl.write(f"net/ipv6/conf/{link.name}/disable_ipv6", 0)
         request(
             host, rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen, flags=flags),
             f"address {address} of {link.name}", absent=(errno.EEXIST,),
@@ -99,6 +99,16 @@ def ensure_gateway_addresses(
     if missing and pin:
         request(host, rtnl.set_link(link.ifindex, mac=link.mac), f"hardware address of {link.name}")
     return missing
+
+
+def skip_dad(name: str) -> None:
+    """Let a link that is a gateway have IPv6 addresses at once. To be called before it carries traffic.
+
+    The kernel makes its link-local address itself, asks for neighbours under it, and asks nobody while it is tentative:
+    for up to two seconds after the first pod of a bridge nobody could reach it.
+    """
+    sysctl.write(f"net/ipv6/conf/{name}/accept_dad", 0)
+    sysctl.write(f"net/ipv6/conf/{name}/disable_ipv6", 0)
 
 
 def remove_addresses(host: netlink.Socket, ifindex: int, addresses: list[IpInterface]) -> None:
