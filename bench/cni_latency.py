@@ -1,7 +1,8 @@
 """How long ADD and DEL take: ours with the agent, ours without, and Debian's reference plugins with the same features.
 
-One host namespace a column; every pod is a namespace; each call is a process, as a runtime makes it. Prints p50 and p99
-in milliseconds, serially and with 8 and 32 at once (then the time a pod, from first call to last answer), and ratios.
+One host namespace a round; every pod is a namespace; each call is a process, as a runtime makes it. One after the other:
+p50 and p99 of the calls; several at once: the time a pod, from the first call to the last answer. Medians of rounds that
+take turns.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from form import Table, median
 
 PROGRAMS = Path(sys.executable).parent
 REFERENCE = Path("/usr/lib/cni")
@@ -150,7 +153,9 @@ def percentile(values: list[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * part))] * 1000
 
 
-def measure(column: Column, feature: str, count: int, at_once: int) -> dict[str, float]:
+@contextmanager
+def stage(column: Column, count: int, feature: str = FEATURES[0]) -> Iterator[tuple[str, list[str], str]]:
+    """Yield a host, so many pods, and a state folder; the bridge and all tables are there already."""
     host = f"bench{os.getpid()}h"
     pods = [f"bench{os.getpid()}p{number}" for number in range(count)]
     with ExitStack() as stack:
@@ -159,7 +164,13 @@ def measure(column: Column, feature: str, count: int, at_once: int) -> dict[str,
         stack.enter_context(namespaces([host, *pods]))
         subprocess.run(["ip", "netns", "exec", host, "ip", "link", "set", "lo", "up"], check=True)
         stack.enter_context(agent(host, state, column.agent))
-        round_of(pods[:1], host, column, feature, state, 1)  # the bridge and all tables are there from now on
+        round_of(pods[:1], host, column, feature, state, 1)
+        yield host, pods, state
+
+
+def measure(column: Column, feature: str, count: int, at_once: int) -> dict[str, float]:
+    """Return the figures of one round, ms."""
+    with stage(column, count, feature) as (host, pods, state):
         adds, dels, add, delete = round_of(pods, host, column, feature, state, at_once)
     return {
         "ADD p50": percentile(adds, 0.5), "ADD p99": percentile(adds, 0.99), "ADD a pod": add * 1000,
@@ -170,77 +181,92 @@ def measure(column: Column, feature: str, count: int, at_once: int) -> dict[str,
 COLUMNS = (Column("agent", ours, True), Column("in process", ours, False), Column("reference", reference, False))
 
 
-def table(features: tuple[str, ...], concurrencies: tuple[int, ...], count: int) -> None:
-    print(
-        f"{'feature':<16} {'at once':>7} {'figure':<10}"
-        + "".join(f"{c.name:>12}" for c in COLUMNS)
-        + f"{'agent/ref':>11}"
-    )
-    for feature in features:
+AGENT_ONLY, REFERENCE_ONLY = COLUMNS[0], COLUMNS[2]
+
+
+def medians(columns: Sequence[Column], feature: str, count: int, at_once: int, runs: int) -> list[dict[str, float]]:
+    """Return each column's figures: the median of rounds in which the columns take turns."""
+    rounds = [[measure(column, feature, count, at_once) for column in columns] for _ in range(runs)]
+    return [
+        {figure: median([one[number][figure] for one in rounds]) for figure in rounds[0][number]}
+        for number in range(len(columns))
+    ]
+
+
+def features(chosen: Sequence[str], concurrencies: Sequence[int], count: int, runs: int) -> None:
+    """ADD and DEL with each feature, by how many are called at once."""
+    table = Table(
+        "cni", "The CNI plugin: ADD and DEL, ms",
+        ["feature", "at once", "figure", *(column.name for column in COLUMNS), "agent / reference"],
+    )  # fmt: skip
+    for feature in chosen:
         for at_once in concurrencies:
-            found = [measure(column, feature, max(count, at_once * 2), at_once) for column in COLUMNS]
-            figures = (
-                ("ADD p50", "ADD p99", "DEL p50", "DEL p99")
-                if at_once == 1
-                else ("ADD a pod", "DEL a pod", "ADD p99", "DEL p99")
-            )
-            for figure in figures:
+            found = medians(COLUMNS, feature, max(count, at_once * 2), at_once, runs)
+            single = ("ADD p50", "ADD p99", "DEL p50", "DEL p99")
+            for figure in single if at_once == 1 else ("ADD a pod", "DEL a pod"):
                 values = [one[figure] for one in found]
-                print(
-                    f"{feature:<16} {at_once:>7} {figure:<10}"
-                    + "".join(f"{v:>12.1f}" for v in values)
-                    + f"{values[0] / values[2]:>11.2f}",
-                    flush=True,
-                )
+                table.add(feature, at_once, figure, *values, values[0] / values[2])
+    table.notes.append(f"medians of {runs} rounds; serially at least {count} pods a round")
+    table.notes.append("goals: bare IPv4 no slower than the reference, one host port at most a third of its time")
+    table.finish()
 
 
-def many(count: int) -> None:
-    """300 ADDs at once, agent and reference."""
-    for column in (COLUMNS[0], COLUMNS[2]):
-        found = measure(column, FEATURES[0], count, count)
-        figures = ", ".join(f"{verb} {found[f'{verb} a pod']:.1f} ms a pod" for verb in ("ADD", "DEL"))
-        print(f"{count} at once, {column.name}: {figures}", flush=True)
+def many(count: int, runs: int) -> None:
+    """A crowd of ADDs at once, then of DELs."""
+    table = Table("cni-many", f"{count} pods at once, ms a pod", ["what", "ADD", "DEL"])
+    both = (AGENT_ONLY, REFERENCE_ONLY)
+    for column, found in zip(both, medians(both, FEATURES[0], count, count, runs), strict=True):
+        table.add(column.name, found["ADD a pod"], found["DEL a pod"])
+    table.notes += [f"medians of {runs} rounds", "goals: ADD under 8 ms a pod, DEL quicker than the reference's"]
+    table.finish()
 
 
-def flat(sizes: tuple[int, ...]) -> None:
-    """The time of one ADD beside reservations that other pods hold."""
+def full(count: int) -> None:
+    """A node that fills up: the first ADDs beside the last ones."""
+    table = Table("cni-full", f"A node of {count} pods, one after the other: ADD p50, ms", ["what", "first", "last"])
+    part = count // 10
+    for column in (AGENT_ONLY, REFERENCE_ONLY):
+        with stage(column, count) as (host, pods, state):
+            adds, *_ = round_of(pods, host, column, FEATURES[0], state, 1)
+        table.add(column.name, percentile(adds[:part], 0.5), percentile(adds[-part:], 0.5))
+    table.notes.append(f"first and last: of {part} pods each")
+    table.finish()
+
+
+def reservations(sizes: Sequence[int]) -> None:
+    """One ADD beside reservations that other pods hold."""
     from cni.ipam import ranges as ipam_ranges
     from cni.ipam.store import Owner, Store
 
-    column = COLUMNS[0]
+    table = Table("cni-reservations", "ADD and DEL beside reservations, p50, ms", ["reservations", "ADD", "DEL"])
     for size in sizes:
-        host = f"bench{os.getpid()}h"
-        pods = [f"bench{os.getpid()}p{number}" for number in range(20)]
-        with ExitStack() as stack:
-            state = tempfile.mkdtemp(prefix="pynet-bench-", dir="/run")
-            stack.callback(shutil.rmtree, state, True)
-            conf = ipam_ranges.parse(ours(FEATURES[0], state, 0)[0][1], {}, "1.0.0", state)
-            store = Store(conf.data_dir, conf.network)
-            for number in range(size):
-                store.reserve(conf, Owner(f"held{number}", "eth0"), (), 0.0)
-            stack.enter_context(namespaces([host, *pods]))
-            stack.enter_context(agent(host, state, True))
-            round_of(pods[:1], host, column, FEATURES[0], state, 1)
-            adds, dels, _, _ = round_of(pods, host, column, FEATURES[0], state, 1)
-        figures = ", ".join(
-            f"{verb} p50 {percentile(found, 0.5):.1f} ms" for verb, found in (("ADD", adds), ("DEL", dels))
-        )
-        print(f"{size:>5} reservations: {figures}", flush=True)
+        with stage(AGENT_ONLY, 30) as (host, pods, state):
+            if size:
+                conf = ipam_ranges.parse(ours(FEATURES[0], state, 0)[0][1], {}, "1.0.0", state)
+                store = Store(conf.data_dir, conf.network)
+                for number in range(size):
+                    store.reserve(conf, Owner(f"held{number}", "eth0"), (), 0.0)
+                store.close()
+            adds, dels, *_ = round_of(pods, host, AGENT_ONLY, FEATURES[0], state, 1)
+        table.add(size, percentile(adds, 0.5), percentile(dels, 0.5))
+    table.finish()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=30, help="pods a serial round")
+    parser.add_argument("--count", type=int, default=20, help="pods a serial round")
+    parser.add_argument("--runs", type=int, default=3, help="rounds of each kind")
     parser.add_argument("--quick", action="store_true", help="bare IPv4 and one host port, serial and 8 at once")
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("cni_latency: needs root: it makes network namespaces")
     if options.quick:
-        table((FEATURES[0], FEATURES[3]), (1, 8), options.count)
+        features((FEATURES[0], FEATURES[3]), (1, 8), options.count, 1)
         return
-    table(FEATURES, (1, 8, 32), options.count)
-    many(300)
-    flat((0, 1000, 4000))
+    features(FEATURES, (1, 8, 32), options.count, options.runs)
+    many(300, options.runs)
+    full(1000)
+    reservations((0, 1000, 4000))
 
 
 if __name__ == "__main__":
