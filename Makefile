@@ -2,6 +2,8 @@
 MODE ?= iptables
 PY = .venv/bin/python
 JOBS ?= 4
+# what is compiled is kept: each start of a program would compile a fresh clone anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: lab lab-down test test-unit test-vm lint format bench golden setup lock clean
 

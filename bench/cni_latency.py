@@ -1,8 +1,8 @@
 """How long ADD and DEL take: ours with the agent, ours without, and Debian's reference plugins with the same features.
 
-One host namespace a round; every pod is a namespace; each call is a process, as a runtime makes it. One after the other:
-p50 and p99 of the calls; several at once: the time a pod, from the first call to the last answer. Medians of rounds that
-take turns.
+One host namespace a round; every pod is a namespace; each call is a process, as a runtime makes it. Serially: p50 and
+p99 of the calls; several at once: the time a pod, from the first call to the last answer. Medians of rounds that take
+turns.
 """
 
 from __future__ import annotations
