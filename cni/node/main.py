@@ -204,9 +204,7 @@ def _work(options: Options, source: Source, events: Events, healthz: str, metric
         events.close()
         for server in servers:
             server.close()
-        for thread in threads:
-            thread.join(2)
-        watch.close()
+        # the threads only listen: they end with the process
     log.info("stopped")
     return 0
 

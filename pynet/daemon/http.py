@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -64,6 +65,9 @@ class Server:
 
     def close(self) -> None:
         """Stop answering and free the port."""
+        # wakes the server's loop, which looks for the word to end only every half second
+        with contextlib.suppress(OSError):
+            self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -37,11 +37,14 @@ def configure_logs(program: str, arguments: argparse.Namespace) -> None:
 def stop_on_signals() -> threading.Event:
     """Return an event that SIGTERM or SIGINT sets; the second such signal ends the process at once."""
     stop = threading.Event()
+    received: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
+        if received:
             os._exit(128 + number)
-        stop.set()
+        received.append(number)
+        # by another thread: this one may have been interrupted while it holds the event's lock, in a wait for it
+        threading.Thread(target=stop.set, name="stop", daemon=True).start()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

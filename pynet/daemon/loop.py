@@ -11,7 +11,6 @@ from pynet.daemon import logs
 log = logs.get(__name__)
 _RETRY_GROWTH = 2.0
 _RETRY_LIMIT = 60.0
-_LOOK = 0.5  # seconds between looks at `stop`
 
 
 class BoundedRunner:
@@ -35,7 +34,8 @@ class BoundedRunner:
         self._wanted.set()
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set, which is noticed within half a second (at once, with a `request` after it)."""
+        """Work until `stop` is set, which is noticed at once."""
+        threading.Thread(target=self._wake, args=(stop,), name="wake", daemon=True).start()
         ended = -float("inf")
         failures = 0
         while not stop.is_set():
@@ -43,7 +43,8 @@ class BoundedRunner:
             due = self.due(ended, failures, self._wanted.is_set())
             if now < due:
                 # a request can only bring the next run nearer where none is waiting yet
-                (stop if failures or self._wanted.is_set() else self._wanted).wait(min(due - now, _LOOK))
+                pause = None if due == float("inf") else due - now
+                (stop if failures or self._wanted.is_set() else self._wanted).wait(pause)
                 continue
             self._wanted.clear()
             try:
@@ -53,6 +54,10 @@ class BoundedRunner:
                 failures += 1
                 log.exception("work failed; will be retried", extra=logs.fields(retry_seconds=self._pause(failures)))
             ended = time.monotonic()
+
+    def _wake(self, stop: threading.Event) -> None:
+        stop.wait()
+        self._wanted.set()
 
     def due(self, ended: float, failures: int, wanted: bool) -> float:
         """Return when the next run is due: `ended` is when the last one did, `failures` how many failed in a row."""
