@@ -69,6 +69,7 @@ class Agent:
         self._masqueraded: tuple[dict[str, Member], tuple[str, ...], Masquerade] | None = None
         self._writer = Writer(options.state_dir)
         self._watched: frozenset[int] = frozenset()
+        self._overlays: frozenset[int] = frozenset()
         self._quiet: frozenset[int] = frozenset()
         self._told: frozenset[Problem] = frozenset()
         self._look = threading.Event()
@@ -93,10 +94,13 @@ class Agent:
 
     def on_event(self, event: Event) -> None:
         """Take the kernel's word of a change; ask for a reconcile where it can matter to us."""
-        if event.what == "neighbour" and event.mac:
-            # the kernel does not say who made a forwarding entry: ours are known by what they say
-            relevant = event.index in self._watched and ((event.mac, event.remote) in self._ways.entries) == event.gone
-        elif event.what in ("link", "neighbour"):
+        if event.what == "neighbour":
+            # the underlay's change all the time and are the kernel's own. The kernel does not say who made a forwarding
+            # entry: ours are known by what they say
+            relevant = event.index in self._overlays
+            if event.mac:
+                relevant = relevant and ((event.mac, event.remote) in self._ways.entries) == event.gone
+        elif event.what == "link":
             relevant = event.index in self._watched
         else:
             relevant = event.what != "address" or event.index not in self._quiet
@@ -153,6 +157,7 @@ class Agent:
         names = {place.dev for place in want.underlay} | {reach.dev for reach in want.reaches}
         names |= {device.name for device in want.devices}
         self._watched = frozenset(link.index for link in links if link.name in names)
+        self._overlays = frozenset(link.index for link in links if link.name in DEVICES.values())
         self._quiet = frozenset(link.index for link in links if link.name == self._options.bridge)
 
     def _masquerade(self, members: dict[str, Member], want: Wanted, audit: bool) -> None:

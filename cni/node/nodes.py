@@ -15,6 +15,7 @@ import msgspec
 from pynet.netstate import family_of
 from pynet.objects import Node
 
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 ADDRESS_TYPES = ("InternalIP", "ExternalIP")  # in order of preference
 
 
@@ -74,6 +75,38 @@ def claim_of(cidr: str) -> Claim:
     return Claim(str(network), first, first + network.num_addresses - 1)
 
 
+def pod_claim(cidr: str) -> Claim:
+    """Return a Node's pod CIDR as a claim. Raise ValueError that says what is wrong with it."""
+    claim = claim_of(cidr)
+    for other in _NOT_FOR_PODS:
+        if claim.first <= other.last and other.first <= claim.last:
+            raise ValueError(f"{cidr} holds addresses of {other.cidr}, which no pod can have")
+    return claim
+
+
+# "this network", loopback, multicast; of IPv6 also IPv4-mapped and link-local addresses
+_NOT_FOR_PODS = [
+    claim_of(cidr) for cidr in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "::/8", "fe80::/10", "ff00::/8")
+]
+
+
+def node_address(text: str) -> str:
+    """Return an address by which a node can be reached, in its usual spelling; an IPv4-mapped one as IPv4, as the
+    Kubernetes API reads it. Raise ValueError.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError("is no IP address") from None
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_unspecified or address.is_loopback or address.is_multicast or address == _BROADCAST:
+        raise ValueError("is no address of a node")
+    if isinstance(address, ipaddress.IPv6Address) and address.is_link_local:
+        raise ValueError("is link-local: other nodes cannot tell by which link")
+    return str(address)
+
+
 def pod_cidrs_of(node: Node) -> tuple[str, ...]:
     """Return a Node's pod CIDRs as written: `podCIDRs`, and `podCIDR` where that is all there is."""
     return node.spec.pod_cidrs or ((node.spec.pod_cidr,) if node.spec.pod_cidr else ())
@@ -87,7 +120,7 @@ def member_of(node: Node, assigned: tuple[str, ...] = ()) -> Member:
     claims: list[Claim] = []
     for cidr in pod_cidrs_of(node) or assigned:
         try:
-            claims.append(claim_of(cidr))
+            claims.append(pod_claim(cidr))
         except ValueError as error:
             problems.append(Problem(where, f"spec.podCIDRs: {error}"))
     by_type: dict[str, list[str]] = {kind: [] for kind in ADDRESS_TYPES}
@@ -95,9 +128,9 @@ def member_of(node: Node, assigned: tuple[str, ...] = ()) -> Member:
         if entry.type not in by_type:
             continue
         try:
-            by_type[entry.type].append(str(ipaddress.ip_address(entry.address)))
-        except ValueError:
-            problems.append(Problem(where, f"status.addresses: {entry.type} {entry.address!r} is no IP address"))
+            by_type[entry.type].append(node_address(entry.address))
+        except ValueError as error:
+            problems.append(Problem(where, f"status.addresses: {entry.type} {entry.address!r} {error}"))
     addresses = tuple(address for kind in ADDRESS_TYPES for address in by_type[kind])
     reached = {family: next((a for a in addresses if family_of(a) == family), "") for family in (4, 6)}
     return Member(
@@ -105,7 +138,7 @@ def member_of(node: Node, assigned: tuple[str, ...] = ()) -> Member:
         v4=reached[4],
         v6=reached[6],
         prefers=family_of(addresses[0]) if addresses else 4,
-        claims=tuple(claims),
+        claims=tuple(dict.fromkeys(claims)),
         addresses=tuple(dict.fromkeys(addresses)),
         created=node.metadata.creation_timestamp or "",
         problems=tuple(problems),

@@ -152,7 +152,7 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
         routes=tuple(routes),
         neighbours=tuple(dict.fromkeys(entry for reach in reaches for entry in reach.neighbours)),
         forwarding=tuple(dict.fromkeys(entry for reach in reaches for entry in reach.forwarding)),
-        devices=_devices(here, reaches),
+        devices=_devices(here, members.values()),
         problems=tuple(problem for m in members.values() for problem in m.problems) + conflicts + problems,
         pod_cidrs=tuple(held),
         claims=claims.all(),
@@ -174,6 +174,16 @@ class _Here:
         self.links: dict[str, Link] = {link.name: link for link in state.links}
         found = {family: _underlay(own, family, state, fib, self.links) for family in (own.prefers, 10 - own.prefers)}
         self.underlay: dict[int, Underlay] = {family: place for family, place in found.items() if place}
+
+    def meets(self, peer: Member) -> int:
+        """Return the family of the underlay by which this node and a peer send VXLAN to each other, or 0. Both decide
+        the same from the two Nodes: what one preferred alone would arrive where no device listens.
+        """
+        own = self.own
+        both = [f for f in (4, 6) if f in self.underlay and peer.address(f) and (own.address(f) or not own.addresses)]
+        if own.prefers == peer.prefers and own.prefers in both:
+            return own.prefers
+        return both[0] if both else 0
 
     def mtu_to(self, route: Route) -> int:
         """Return the largest packet that fits the way that `route` starts."""
@@ -202,8 +212,8 @@ def _reaches(peer: Member, here: _Here, claims: Claims) -> Iterable[Reach]:
             )
         elif not peer.addresses:
             yield Reach(peer.name, "", claim.cidr, "none", "the Node has no address (status.addresses)")
-        elif mine := [address for address in peer.addresses if address in here.local]:
-            yield Reach(peer.name, mine[0], claim.cidr, "none", f"its address {mine[0]} is this machine's own")
+        elif mine := next((address for address in (peer.v4, peer.v6) if address in here.local), ""):
+            yield Reach(peer.name, mine, claim.cidr, "none", f"its address {mine} is this machine's own")
         else:
             yield _reach(peer, claim, here)
 
@@ -236,7 +246,7 @@ def _direct(peer: Member, claim: Claim, address: str, hop: Route, here: _Here) -
 
 
 def _overlay(peer: Member, claim: Claim, why: str, here: _Here) -> Reach:
-    family = next((family for family in here.underlay if peer.address(family)), 0)
+    family = here.meets(peer)
     if not here.settings.vxlan:
         return Reach(peer.name, peer.address(claim.family), claim.cidr, "none", f"{why}, and this kernel has no VXLAN")
     if family and (link := here.links.get(DEVICES[family])) and link.kind != "vxlan":
@@ -266,18 +276,18 @@ def _route(claim: Claim, *, via: str, dev: str, mtu: int, src: str = "", onlink:
     )  # fmt: skip
 
 
-def _devices(here: _Here, reaches: Iterable[Reach]) -> tuple[Device, ...]:
-    """Return the VXLAN devices: the one of the preferred family always (a peer may see us off link while we see it on
-    link), the other one where a peer is reached by it.
+def _devices(here: _Here, members: Iterable[Member]) -> tuple[Device, ...]:
+    """Return the VXLAN devices: the one of the preferred family always, the other one where a peer may send by it (it
+    may see us off link while we see it on link).
     """
     settings = here.settings
     if settings.backend == "host-gw" or not settings.vxlan:
         return ()
-    used = {reach.dev for reach in reaches if reach.how == "vxlan"}
+    used = {here.meets(member) for member in members if member.name != settings.name}
     found = []
     for position, (family, place) in enumerate(here.underlay.items()):
         link = here.links.get(DEVICES[family])
-        if (position and DEVICES[family] not in used) or (link and link.kind != "vxlan"):
+        if (position and family not in used) or (link and link.kind != "vxlan"):
             continue
         found.append(
             Device(

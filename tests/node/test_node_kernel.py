@@ -148,6 +148,19 @@ def test_a_deleted_or_changed_route_is_put_right(own: Machine) -> None:
     until("counted", lambda: own.metric("pynetd_routes_repaired_total") >= 5)
 
 
+def test_the_underlay_s_neighbours_are_none_of_our_business(own: Machine) -> None:
+    """They change all the time on a busy node: each change would be a look at everything."""
+    near(own, 2)
+    own.start("--resync-period=1h", "--log-level=debug")
+    for number in range(5):
+        words = ["192.168.1.2", "lladdr", f"02:00:00:00:00:0{number}", "dev", "eth0", "nud", "reachable"]
+        own.ip_command("neighbour", "replace", *words)
+    own.ip_command("route", "del", "10.244.2.0/24")
+    ways_are(own, {"10.244.2.0/24": "192.168.1.2 eth0"})
+    assert "what='route'" in own.log.read_text()
+    assert "what='neighbour'" not in own.log.read_text()
+
+
 def test_a_foreign_route_in_the_way_stays_and_is_told(own: Machine) -> None:
     near(own, 2)
     foreign = ["10.244.2.0/24", "via", "192.168.1.200", "proto", "static"]

@@ -140,6 +140,37 @@ def test_both_nodes_agree_on_macs_and_numbers() -> None:
     assert {device.vxlan.vni for device in ours.devices + theirs.devices} == {7}
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "family"),
+    [
+        (("192.168.1.1", "fd01::1"), ("192.168.2.2", "fd02::2"), 4),
+        (("fd01::1", "192.168.1.1"), ("fd02::2", "192.168.2.2"), 6),
+        (("192.168.1.1", "fd01::1"), ("fd02::2", "192.168.2.2"), 4),
+        (("fd01::1", "192.168.1.1"), ("192.168.2.2", "fd02::2"), 4),
+        (("192.168.1.1", "fd01::1"), ("fd02::2",), 6),
+        (("fd01::1",), ("192.168.2.2", "fd02::2"), 6),
+        (("192.168.1.1",), ("fd02::2",), 0),
+    ],
+)
+def test_two_nodes_agree_on_the_underlay_of_their_vxlan(
+    here: tuple[str, ...], there: tuple[str, ...], family: int
+) -> None:
+    """Whatever the order of their addresses: each has the device by which the other one sends."""
+    one, two = node("own", "10.244.1.0/24", ip=here), node("peer", "10.244.2.0/24", ip=there)
+    moved = {"192.168.1.1": "192.168.2.2", "fd01::1": "fd02::2"}
+    far = msgspec.structs.replace(
+        HERE,
+        addresses=tuple(LinkAddress(a.dev, moved.get(a.address, a.address), a.length) for a in ADDRESSES),
+        routes=DEFAULT,
+    )
+    ours = decided(two, own=one)
+    theirs = wanted(members(one, two), Settings("peer"), far)
+    expected = f"pynet-vx{family}" if family else ""
+    assert [reach.dev for want in (ours, theirs) for reach in want.reaches] == [expected] * 2
+    if family:
+        assert all(expected in {device.name for device in want.devices} for want in (ours, theirs))
+
+
 def test_over_an_ipv6_underlay_vxlan_takes_70_bytes_and_a_device_of_its_own() -> None:
     own = node("own", "fd00:1::/64", ip="fd01::1")
     want = decided(node("peer", "fd00:2::/64", ip="fd02::2"), own=own)
@@ -212,6 +243,23 @@ def test_external_addresses_serve_where_there_is_no_internal_one() -> None:
     assert only(decided(both)).via == "192.168.1.2"
 
 
+def test_an_ipv4_mapped_address_is_read_as_ipv4() -> None:
+    assert only(decided(node("peer", "10.244.2.0/24", ip="::ffff:192.168.1.2"))).via == "192.168.1.2"
+
+
+def test_one_pod_cidr_named_twice_is_one() -> None:
+    want = decided(node("peer", "10.244.2.0/24", "10.244.2.0/24", ip="192.168.1.2"))
+    assert [route.dst for route in want.routes] == ["10.244.2.0/24"]
+    assert want.problems == ()
+
+
+def test_an_address_that_only_moves_through_a_peer_is_not_what_reaches_it() -> None:
+    """A virtual address that this machine took over while the peer's Node still lists it."""
+    state = msgspec.structs.replace(HERE, addresses=(*ADDRESSES, LinkAddress("eth0", "192.168.1.200", 32)))
+    peer = node("peer", "10.244.2.0/24", ip=("192.168.1.2", "192.168.1.200"))
+    assert only(decided(peer, state=state)).how == "direct"
+
+
 PROBLEM_ROWS = [
     # the peers' pod CIDRs and addresses → who gets a route, and words of the problem
     (
@@ -245,7 +293,19 @@ PROBLEM_ROWS = [
         "everything is no pod CIDR",
         [node("peer", "0.0.0.0/0", ip="192.168.1.2")],
         {},
-        "Node peer: spec.podCIDRs: 0.0.0.0/0 holds a node's address",
+        "Node peer: spec.podCIDRs: 0.0.0.0/0 holds addresses of 0.0.0.0/8, which no pod can have",
+    ),
+    (
+        "nor is everything of the family that no node has an address of",
+        [node("peer", "::/0", "10.244.2.0/24", ip="192.168.1.2")],
+        {"10.244.2.0/24": "192.168.1.2"},
+        "Node peer: spec.podCIDRs: ::/0 holds addresses of ::/8, which no pod can have",
+    ),
+    (
+        "IPv4-mapped pods",
+        [node("peer", "::ffff:10.244.2.0/120", ip="192.168.1.2")],
+        {},
+        "Node peer: spec.podCIDRs: ::ffff:10.244.2.0/120 holds addresses of ::/8, which no pod can have",
     ),
     (
         "host bits",
@@ -264,6 +324,21 @@ PROBLEM_ROWS = [
         [node("peer", "10.244.2.0/24", ip="192.168.1")],
         {},
         "Node peer: status.addresses: InternalIP '192.168.1' is no IP address",
+    ),
+    (
+        "an address with a scope, beside a good one",
+        [node("peer", "10.244.2.0/24", "fd00:2::/64", ip=("fe80::1%eth0", "fd01::2", "192.168.1.2"))],
+        {"10.244.2.0/24": "192.168.1.2", "fd00:2::/64": "fd01::2"},
+        "Node peer: status.addresses: InternalIP 'fe80::1%eth0' is link-local",
+    ),
+    *(
+        (
+            f"{address} is no node's address",
+            [node("peer", "10.244.2.0/24", ip=(address, "192.168.1.2"))],
+            {"10.244.2.0/24": "192.168.1.2"},
+            f"Node peer: status.addresses: InternalIP '{address}' is no address of a node",
+        )
+        for address in ("0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "::ffff:127.0.0.1")
     ),
 ]
 
