@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.cleanup:
         return cleanup(settings)
-    prepare(settings)
     if args.init_only:
+        prepare(settings)
         return 0
     try:
         source = source_from(args, KINDS, node=settings.node_name)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NoSource, ApplyError) as error:
         log.error(str(error))
         return 2
-
+    prepare(settings)
     if settings.drop_privileges and not privileges.keep_only(NEEDED):
         log.debug("privileges stay as they are: CAP_SETPCAP is missing")
     stop = lifecycle.stop_on_signals()

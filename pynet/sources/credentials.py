@@ -7,6 +7,8 @@ that they changed: rotated tokens and certificates, expired exec credentials, a 
 from __future__ import annotations
 
 import os
+import ssl
+import tempfile
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -14,27 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
+
+from pynet.sources import kubeconfig
+from pynet.sources.kubeconfig import BadCredentials
 
 _EXPIRES_EARLY = timedelta(seconds=10)
-_FILE_FIELDS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
-
-
-class BadCredentials(ValueError):
-    """Credentials or address cannot be had; the message names the file and the field."""
 
 
 class Login(msgspec.Struct, frozen=True):
     """Address and credentials as they were read at one time.
 
     `configuration`: the official client's. `number`: grows with each reading. `files`: what was read, with the state
-    it had. `expiry`: when an exec plugin's credentials end.
+    it had. `expiry`: when an exec plugin's credentials end. `folder`: holds its certificates while this is in use.
     """
 
     number: int
     configuration: Any
     files: tuple[tuple[str, object], ...]
     expiry: datetime | None
+    folder: Any = None
+
+
+class _Read(msgspec.Struct, frozen=True):
+    """What was read: files by name, and of an exec plugin what `Login` keeps."""
+
+    names: tuple[str, ...]
+    expiry: datetime | None = None
+    folder: Any = None
 
 
 class Credentials:
@@ -66,34 +74,39 @@ class Credentials:
         with self._lock:
             self._refused = max(self._refused, login.number)
 
+    def check(self) -> None:
+        """Raise `BadCredentials` for what no waiting will mend: a kubeconfig without address, context or user."""
+        if self._kubeconfig is not None:
+            kubeconfig.read(self._kubeconfig, self._master)
+        elif self._master:
+            kubeconfig.address(self._master, "--master")
+
     def _read(self, number: int) -> Login:
         from kubernetes.client import Configuration
         from kubernetes.config import ConfigException
 
         configuration = Configuration()
+        where = f"kubeconfig {self._kubeconfig}" if self._kubeconfig else "in-cluster configuration"
         try:
             if self._kubeconfig is not None:
-                expiry, names = _from_kubeconfig(self._kubeconfig, configuration)
+                read = _from_kubeconfig(self._kubeconfig, self._master, configuration)
             elif self._master:
-                expiry, names = None, ()
+                read = _Read(())
             else:
-                expiry, names = None, _from_pod(self._environ, configuration)
-        except ConfigException as error:
-            raise BadCredentials(f"{self._kubeconfig or 'in-cluster configuration'}: {error}") from None
-        except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
-            if isinstance(error, BadCredentials):
-                raise
-            raise BadCredentials(f"{self._kubeconfig or 'in-cluster configuration'}: {error}") from None
+                read = _Read(_from_pod(self._environ, configuration))
+        except BadCredentials:
+            raise
+        except (ConfigException, OSError, TypeError, ValueError, KeyError) as error:
+            raise BadCredentials(f"{where}: {error}") from None
         if self._master:
-            configuration.host = self._master.rstrip("/")
-            if "://" not in configuration.host:
-                configuration.host = f"http://{configuration.host}"
+            configuration.host = kubeconfig.address(self._master, "--master")
         # The package would refresh by itself five minutes before the end, each time it is asked; `login` knows better.
         configuration.refresh_api_key_hook = None
         token = configuration.api_key.get("BearerToken")
         if token:
             configuration.api_key["BearerToken"] = token.strip()
-        return Login(number, configuration, tuple((name, _state(name)) for name in names), expiry)
+        files = tuple((name, _state(name)) for name in read.names)
+        return Login(number, configuration, files, read.expiry, read.folder)
 
 
 def _from_pod(environ: Mapping[str, str], configuration: Any) -> tuple[str, ...]:
@@ -106,45 +119,52 @@ def _from_pod(environ: Mapping[str, str], configuration: Any) -> tuple[str, ...]
     return (str(token), str(authority))
 
 
-def _from_kubeconfig(path: Path, configuration: Any) -> tuple[datetime | None, tuple[str, ...]]:
-    """Fill `configuration`; return when the credentials end and every file that was read."""
+def _from_kubeconfig(path: Path, master: str | None, configuration: Any) -> _Read:
+    """Fill `configuration` as the file's current context says."""
     from kubernetes.config.kube_config import KubeConfigLoader
 
-    document = yaml.load(path.read_bytes(), yaml.CSafeLoader)
-    if not isinstance(document, dict):
-        raise BadCredentials(f"{path}: expected a kubeconfig, found {type(document).__name__}")
-    if not document.get("current-context"):
-        raise BadCredentials(f"{path}: current-context: missing")
+    chosen = kubeconfig.read(path, master)
+    cluster, user = chosen.cluster, chosen.user
     base = path.resolve().parent
-    cluster, user = _chosen(document, path)
     if user.get("tokenFile"):
         user.pop("token", None)  # as client-go has it: the file is the newer word
-    names = [str(path)] + [
-        str(base / section[field]) for section in (cluster, user) for field in _FILE_FIELDS if section.get(field)
-    ]
-    loader = KubeConfigLoader(document, config_base_path=str(base))
-    loader.load_and_set(configuration)
-    if "exec" in user and "token" not in vars(loader) and not vars(loader).get("cert_file"):
-        raise BadCredentials(f"{path}: user exec: {user['exec'].get('command')!r} gave no credentials")
-    expiry = vars(loader).get("expiry")
-    return (expiry if isinstance(expiry, datetime) else None), tuple(names)
+    names = [str(path)]
+    for section, where in ((cluster, chosen.cluster_at), (user, chosen.user_at)):
+        for field in kubeconfig.FILE_FIELDS:
+            if section.get(field) and not section.get(f"{field}-data"):
+                names.append(str(base / section[field]))
+                if not os.path.isfile(names[-1]):
+                    raise BadCredentials(f"{where}.{field}: {names[-1]}: no such file")
+    expiry = folder = None
+    if user.get("exec") and not (user.get("token") or user.get("tokenFile")):
+        given = kubeconfig.plugin(chosen, base)
+        expiry = given.expiry
+        if given.token:
+            user["token"] = given.token
+        if given.certificate:
+            folder = tempfile.TemporaryDirectory(prefix="pynet-exec-")
+            for field, text in (("client-certificate", given.certificate), ("client-key", given.key)):
+                user.pop(f"{field}-data", None)
+                user[field] = os.path.join(folder.name, field)
+                Path(user[field]).write_text(text)
+    user.pop("exec", None)
+    KubeConfigLoader(chosen.document, config_base_path=str(base)).load_and_set(configuration)
+    _check_certificates(configuration, chosen)
+    return _Read(tuple(names), expiry, folder)
 
 
-def _chosen(document: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return cluster and user of the current context, as they stand in `document`."""
-    context = _named(document, "contexts", str(document["current-context"]), "context", path)
-    cluster = _named(document, "clusters", str(context.get("cluster")), "cluster", path)
-    user = _named(document, "users", str(context["user"]), "user", path) if context.get("user") else {}
-    return cluster, user
-
-
-def _named(document: dict[str, Any], section: str, name: str, field: str, path: Path) -> dict[str, Any]:
-    for entry in document.get(section) or ():
-        if isinstance(entry, dict) and entry.get("name") == name:
-            value = entry.get(field) or {}
-            if isinstance(value, dict):
-                return value
-    raise BadCredentials(f"{path}: {section}: none is named {name!r}")
+def _check_certificates(configuration: Any, chosen: kubeconfig.Chosen) -> None:
+    """Raise `BadCredentials` for certificates that no connection can be made with."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    at = f"{chosen.cluster_at}.certificate-authority"
+    try:
+        if configuration.ssl_ca_cert:
+            context.load_verify_locations(configuration.ssl_ca_cert)
+        at = f"{chosen.user_at}.client-certificate with client-key"
+        if configuration.cert_file:
+            context.load_cert_chain(configuration.cert_file, configuration.key_file)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise BadCredentials(f"{at}: {error}") from None
 
 
 def _state(name: str) -> object:
@@ -163,5 +183,4 @@ def _changed(files: tuple[tuple[str, object], ...]) -> bool:
 def _expired(login: Login) -> bool:
     if login.expiry is None:
         return False
-    expiry = login.expiry if login.expiry.tzinfo else login.expiry.replace(tzinfo=UTC)
-    return datetime.now(UTC) >= expiry - _EXPIRES_EARLY
+    return datetime.now(UTC) >= login.expiry - _EXPIRES_EARLY

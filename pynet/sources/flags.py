@@ -83,8 +83,14 @@ def _settle(args: argparse.Namespace) -> None:
 def _connection(args: argparse.Namespace) -> Transport:
     """Return a way to the API server that the flags describe."""
     from pynet.sources.credentials import Credentials
+    from pynet.sources.kubeconfig import BadCredentials
     from pynet.sources.transport import Transport
 
     qps = 5.0 if args.kube_api_qps is None else args.kube_api_qps
     burst = 10 if args.kube_api_burst is None else args.kube_api_burst
-    return Transport(Credentials(args.kubeconfig, args.master), qps=qps, burst=burst)
+    credentials = Credentials(args.kubeconfig, args.master)
+    try:
+        credentials.check()
+    except BadCredentials as error:
+        raise NoSource(str(error)) from None
+    return Transport(credentials, qps=qps, burst=burst)

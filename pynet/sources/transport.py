@@ -17,7 +17,8 @@ import msgspec
 import urllib3
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, ReadTimeoutError
 
-from pynet.sources.credentials import BadCredentials, Credentials, Login
+from pynet.sources.credentials import Credentials, Login
+from pynet.sources.kubeconfig import BadCredentials
 
 CONNECT = 10.0  # seconds to make a connection
 ANSWER = 60.0  # seconds of silence within an answer that is not a watch

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,8 @@ import yaml
 
 from apiserver import Server
 from apiserver.server import Tls
-from pynet.sources.credentials import BadCredentials, Credentials
+from pynet.sources.credentials import Credentials
+from pynet.sources.kubeconfig import BadCredentials
 from pynet.sources.transport import Refused, Transport, Unreachable
 
 
@@ -176,7 +178,7 @@ def test_a_plugin_that_fails_is_named(tmp_path: Path) -> None:
     with Server() as server:
         user = plugin(tmp_path, {})
         (tmp_path / "answer").write_text("no")
-        with pytest.raises(BadCredentials, match="gave no credentials"):
+        with pytest.raises(BadCredentials, match="failed to decode"):
             Credentials(kubeconfig(tmp_path, server, user)).login()
 
 
@@ -270,33 +272,122 @@ def test_a_proxy_named_by_the_environment(
     assert len(proxy.seen) == 1
 
 
+def config(cluster: object = None, user: object = None, **fields: Any) -> str:
+    """Return a kubeconfig's text with one cluster, user and context, and whatever is wrong with it."""
+    document = {
+        "current-context": "x",
+        "contexts": [{"name": "other", "context": {}}, {"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"} if cluster is None else cluster}],
+        "users": [{"name": "u", "user": user or {}}],
+        **fields,
+    }
+    return yaml.safe_dump(document)
+
+
+def running(script: str, **fields: Any) -> dict[str, Any]:
+    """Return a user whose plugin is a shell script."""
+    return {"exec": {"apiVersion": f"{EXEC}/v1", "command": "sh", "args": ["-c", script], **fields}}
+
+
+EXEC = "client.authentication.k8s.io"
+HTTPS = {"server": "https://127.0.0.1:1"}
+AT = r"users\[u\].user.exec"
+# What no waiting will mend: the daemons say so and end.
 BROKEN = {
     "not YAML": ("{", "kubeconfig"),
     "not a kubeconfig": ("- a\n", "expected a kubeconfig"),
-    "no context": ("clusters: []\n", "current-context"),
+    "no context": ("clusters: []\n", "current-context: missing"),
     "an unknown context": ("current-context: x\n", "contexts: none is named 'x'"),
-    "an unknown user": (
-        yaml.safe_dump(
-            {
-                "current-context": "x",
-                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
-            }
-        ),
-        "users: none is named 'u'",
+    "a context without cluster": (config(contexts=[{"name": "x"}]), r"contexts\[x\].context.cluster: missing"),
+    "an unknown cluster": (config(clusters=[]), "clusters: none is named 'c'"),
+    "an unknown user": (config(users=None), "users: none is named 'u'"),
+    "clusters that are no list": (config(clusters={"c": {}}), "clusters: expected a list, found dict"),
+    "no server": (config({}), r"clusters\[c\].cluster.server: missing"),
+    "a server that is none": (config({"server": "a url"}), r"clusters\[c\].cluster.server: 'a url' is no address"),
+    "a port that is none": (config({"server": "https://a:b"}), r"cluster.server: 'https://a:b' is no address"),
+    "no base64": (config({**HTTPS, "certificate-authority-data": "%"}), "certificate-authority-data: no base64"),
+    "no PEM": (config({**HTTPS, "certificate-authority-data": "aGVsbG8="}), "certificate-authority-data: expected PEM"),
+    "a certificate without key": (config(user={"client-certificate": "x"}), "user.client-key: missing beside"),
+    "a plugin without command": (config(user={"exec": {"apiVersion": f"{EXEC}/v1"}}), f"{AT}.command: missing"),
+    "a plugin of no version": (config(user={"exec": {"command": "x"}}), f"{AT}.apiVersion: expected {EXEC}/v1 or"),
+}  # fmt: skip
+# What may yet come right: the daemons say so once and go on trying.
+AWAY = {
+    "no authority's file": (config({**HTTPS, "certificate-authority": "x"}), "certificate-authority: .*no such"),
+    "no token's file": (config(user={"tokenFile": "x"}), "user.tokenFile: .*no such file"),
+    "a plugin that is not there": (
+        config(user=running("", command="/no/x", installHint="get\nit")), f"{AT}.command: .*get it",
     ),
-}
+    "a plugin that fails": (config(user=running("echo oops >&2; exit 3")), f"{AT}: 'sh': process returned 3. oops"),
+    "a plugin that prints garbage": (config(user=running("echo '<html>'")), f"{AT}: 'sh': failed to decode"),
+    "a plugin that prints bytes": (config(user=running("printf '\\377'")), f"{AT}: 'sh': "),
+    "a plugin that prints a list": (config(user=running("echo '[]'")), f"{AT}: 'sh': malformed response"),
+    "a plugin of another version": (
+        config(user=running(f"""echo '{{"apiVersion": "{EXEC}/v1beta1", "kind": "", "status": {{}}}}'""")),
+        "does not match",
+    ),
+    "a plugin without key": (
+        config(user=running(
+            f"""echo '{{"apiVersion":"{EXEC}/v1","kind":"","status":{{"clientCertificateData":"x"}}}}'"""
+        )),
+        "gave no credentials: expected status.token",
+    ),
+    "a plugin's end that is no time": (
+        config(user=running(
+            f"""echo '{{"apiVersion":"{EXEC}/v1","kind":"","status":{{"token":"x","expirationTimestamp":"soon"}}}}'"""
+        )),
+        "status.expirationTimestamp: 'soon' is no time",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "says"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_kubeconfig_is_named_with_its_field(tmp_path: Path, text: str, says: str) -> None:
+@pytest.mark.parametrize("wrong", [*BROKEN, *AWAY])
+def test_a_broken_kubeconfig_is_named_with_its_field(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text, says = (BROKEN | AWAY)[wrong]
     path = tmp_path / "kubeconfig"
     path.write_text(text)
     with pytest.raises(BadCredentials, match=says) as caught:
         Credentials(path).login()
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(Unreachable):
         ask(path)
+    if wrong in BROKEN:
+        with pytest.raises(BadCredentials, match=says):
+            Credentials(path).check()
+    else:
+        Credentials(path).check()
+    assert not caplog.records  # the source says it, once
+
+
+def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_text("half a cert")
+    (tmp_path / "kubeconfig").write_text(config({**HTTPS, "certificate-authority": "ca.crt"}))
+    with pytest.raises(BadCredentials, match=r"clusters\[c\].cluster.certificate-authority: .*no cert"):
+        Credentials(tmp_path / "kubeconfig").login()
+
+
+def test_a_master_stands_in_for_a_server(tmp_path: Path) -> None:
+    (tmp_path / "kubeconfig").write_text(config({}))
+    assert Credentials(tmp_path / "kubeconfig", "https://[fd00::1]:6443/").login().configuration.host == (
+        "https://[fd00::1]:6443"
+    )
+    with pytest.raises(BadCredentials, match="--master: 'a b' is no address"):
+        Credentials(tmp_path / "kubeconfig", "a b").check()
+
+
+@pytest.mark.parametrize("program", ["pyproxy", "pynetd"])
+def test_a_daemon_with_a_kubeconfig_that_cannot_be_right_ends(tmp_path: Path, program: str) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(config({}))
+    flags = {"pyproxy": ["--healthz-bind-address="], "pynetd": ["--state-dir", str(tmp_path)]}[program]
+    daemon = {"pyproxy": "proxy.main", "pynetd": "cni.node.main"}[program]
+    code = f"import sys; from {daemon} import main; sys.exit(main())"
+    script = [sys.executable, "-c", code, "--kubeconfig", str(path), *flags]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"kubeconfig {path}: clusters[c].cluster.server: missing" in done.stderr
 
 
 def test_a_kubeconfig_that_is_repaired_is_used(tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ def parsed(*words: str) -> argparse.Namespace:
 @pytest.fixture
 def kubeconfig(tmp_path: Path) -> str:
     path = tmp_path / "kubeconfig"
-    path.write_text("{}")
+    context = "{name: x, context: {cluster: x}}"
+    path.write_text(
+        f"{{current-context: x, contexts: [{context}], clusters: [{{name: x, cluster: {{server: a.example}}}}]}}"
+    )
     return str(path)
 
 
