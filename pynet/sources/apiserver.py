@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ INITIAL_IDLE = 5.0  # the same within a streaming list: a server that knows none
 LIFE = (300, 600)  # seconds that a watch lives, at random, so that a fleet does not return at once
 BACKOFF = (0.5, 30.0)  # first and longest pause between failures, seconds; ±50 % at random
 _STOP_WAIT = 2.0
+_TOLD = 5  # different reasons that are logged of one interruption; all others only at level debug
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class Resource(msgspec.Struct, frozen=True):
@@ -115,7 +118,7 @@ class ApiServer:
         """List and watch one kind until `stop` is set, whatever the server does."""
         reflector = Reflector(kind, streaming=self._streaming, page=self._page)
         failures = relists = 0
-        told = False
+        told: set[str] = set()
         while not stop.is_set():
             following = not reflector.listing
             outcome = self._exchange(reflector, resource, stop)
@@ -124,22 +127,21 @@ class ApiServer:
             if outcome.fields_unknown and resource.fields:
                 resource = Resource(resource.path, resource.labels)  # an older server; the objects say it as well
             lost = following and reflector.listing  # the server answers, but our version is of no more use to it
-            failures = 0 if lost or outcome.fruitful or not outcome.problem else failures + 1
+            failures = failures + 1 if (outcome.problem or outcome.barren) and not (lost or outcome.fruitful) else 0
             if lost:
                 relists += 1
             elif following and outcome.fruitful:
                 relists = 0
             if outcome.problem:
-                level = logging.DEBUG if told else logging.WARNING
+                alike = _NUMBERS.sub("#", outcome.problem)
+                level = logging.DEBUG if alike in told or len(told) >= _TOLD else logging.WARNING
                 log.log(level, "watch interrupted; going on", extra=logs.fields(kind=kind, reason=outcome.problem))
-                told = True
-            elif told and outcome.fruitful:
+                told.add(alike)
+            elif told and outcome.fruitful and not reflector.listing:
                 log.info("watch goes on", extra=logs.fields(kind=kind, version=reflector.version))
-                told = False
+                told.clear()
             if failures or lost:
                 stop.wait(max(self._pause(max(failures, relists)), outcome.wait))
-            elif outcome.barren:
-                stop.wait(self._pause(1))
 
     def _pause(self, attempt: int) -> float:
         """Return how long to wait after so many failures in a row, seconds."""
@@ -176,6 +178,9 @@ class ApiServer:
             if error.status.code == 400 and resource.fields and "field label" in error.status.message:
                 return Outcome(str(error), fields_unknown=True)
             self._take(reflector.kind, reflector.refused(error.status), started)
+            if isinstance(request, Watch) and request.initial and not reflector.streaming:
+                log.debug("no streaming lists here", extra=logs.fields(kind=reflector.kind, reason=error))
+                return Outcome()  # as servers before 1.32 answer, and those that were told to
             return Outcome(str(error), wait=error.retry_after)
         except Silent as error:
             if isinstance(request, Watch) and not reflector.listing:

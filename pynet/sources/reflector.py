@@ -17,6 +17,8 @@ INITIAL_END = "k8s.io/initial-events-end"
 PAGE = 1000
 _BROKEN_LIMIT = 3  # times that a watch may break at one version before that version is given up
 _TOMBSTONES = 20_000
+_TOO_LARGE = "ResourceVersionTooLarge"
+_PASSING = (401, 403, 408, 429)  # answers that say nothing of the version that was asked for
 
 
 class List(msgspec.Struct, frozen=True):
@@ -99,7 +101,7 @@ _status = msgspec.json.Decoder(Status)
 
 
 class Reflector:
-    """What is known of one kind at one server."""
+    """What is known of one kind at one server. `streaming`: its lists are asked for as streams."""
 
     def __init__(self, kind: str, *, streaming: bool = True, page: int = PAGE) -> None:
         self.kind = kind
@@ -109,8 +111,8 @@ class Reflector:
         self.listing = True
         self._objects: dict[Ref, Object] = {}
         self._decoder = msgspec.json.Decoder(KINDS[kind])
-        self._streaming = streaming
-        self._limit = page
+        self.streaming = streaming
+        self._page = self._limit = page
         self._token = ""
         self._collected: dict[Ref, Object] = {}
         self._gone: dict[Ref, int] = {}
@@ -123,7 +125,7 @@ class Reflector:
         self._tail.clear()
         if not self.listing:
             return Watch(self.version)
-        if self._streaming:
+        if self.streaming:
             self._collected = {}
             return Watch("", initial=True)
         if not self._token:
@@ -192,18 +194,20 @@ class Reflector:
     def refused(self, status: Status) -> list[Change]:
         """Take in an error in place of an answer."""
         if self.listing:
-            if self._streaming and status.code in (400, 404, 405, 406, 422):
+            if self.streaming and status.code in (400, 404, 405, 406, 422):
                 return [self.unsupported(status.message)]
-            if not self._streaming and self._token and status.code in (400, 410):
+            if not self.streaming and self._token and status.code in (400, 410):
                 self._token = ""
                 self._limit = 0  # the pages outlived the history behind them; all at once cannot
                 return [Relist(status.message)]
             return [Broken(str(status.code))]
+        if status.code in _PASSING or (status.code >= 500 and _TOO_LARGE not in status.causes):
+            return [Broken(str(status.code))]  # the server is in trouble, our version is not
         return [self._error(status)]
 
     def interrupted(self, reason: str, *, silent: bool = False) -> list[Change]:
         """Take in that the answer was cut off; a streaming list without end is given up."""
-        if not (self.listing and self._streaming):
+        if not (self.listing and self.streaming):
             return []
         self._broken += 1
         if silent or self._broken >= _BROKEN_LIMIT:
@@ -212,16 +216,16 @@ class Reflector:
 
     def unsupported(self, reason: str) -> Relist:
         """Give up streaming lists with this server: the next list is paged."""
-        self._streaming = False
+        self.streaming = False
         return self._start_over(f"streaming list: {reason}")
 
     def _error(self, status: Status) -> Change:
         if status.code == 410 or status.reason in ("Expired", "Gone"):
             return self._start_over(status.message)
-        if "ResourceVersionTooLarge" in status.causes or status.code == 400:
+        if _TOO_LARGE in status.causes or status.code == 400:
             return self._start_over(status.message)  # the server is younger than what we know: restored, or another
         self._broken += 1
-        if self._broken >= _BROKEN_LIMIT and status.code not in (401, 403, 429, 503):
+        if self._broken >= _BROKEN_LIMIT and status.code not in (*_PASSING, 503):
             return self._start_over(status.message)
         return Broken(f"{status.code} {status.reason}: {status.message}")
 
@@ -254,6 +258,7 @@ class Reflector:
             changes.extend(Upsert(obj) for ref, obj in fresh.items() if self._objects.get(ref) != obj)
         else:
             changes.append(Replace(tuple(fresh.values())))
+        self._limit = self._page
         self._objects = fresh
         self.objects = fresh
         self._gone = {}

@@ -274,6 +274,60 @@ def test_an_unknown_field_selector_is_done_without(server: Server) -> None:
         consumer.close()
 
 
+def warned(caplog: pytest.LogCaptureFixture, kind: str = "Service") -> list[str]:
+    """Return the reasons of the warnings about a kind."""
+    fields = [getattr(record, "pynet_fields", {}) for record in caplog.records if record.levelname == "WARNING"]
+    return [str(each["reason"]) for each in fields if each["kind"] == kind]
+
+
+def test_a_server_without_streaming_lists_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+    with Server(streaming=False) as server:
+        server.put(service("a"))
+        consumer = Consumer(server, backoff=(60, 60))  # it is asked for pages at once
+        try:
+            consumer.wait({"a"})
+            assert not warned(caplog)
+        finally:
+            consumer.close()
+
+
+def test_a_storm_of_errors_is_told_once_a_reason_and_met_with_patience(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.put(service("a"))
+    consumer = Consumer(server)
+    try:
+        consumer.wait({"a"})
+        before = len(consumer.batches)
+        storm = [ApiError(500, "InternalError", f"etcd {number}") for number in range(20)]
+        for error in (*storm, ApiError(403, "Forbidden", "no")):
+            server.faults.add(Fault("services", error=error))
+        server.drop_connections()
+        server.put(service("b"))
+        consumer.wait({"a", "b"})
+        told = warned(caplog)
+        assert [reason[:3] for reason in told if reason[:1].isdigit()] == ["500", "403"]
+        lists = [each for each in server.requests if each.plural == "services" and not each.query["resourceVersion"]]
+        assert len(lists) == 1, "it is followed from where we were"
+        assert len(consumer.batches) == before + 1
+    finally:
+        consumer.close()
+
+
+def test_a_watch_that_always_ends_at_once_is_met_with_patience(server: Server) -> None:
+    server.put(service("a"))
+    consumer = Consumer(server, backoff=(0.05, 60))
+    try:
+        consumer.wait({"a"})
+        server.faults.add(Fault("services", "watch", times=None, close=True))
+        asked = len(server.requests)
+        server.drop_connections()
+        time.sleep(1)  # pauses of 50, 100, 200, 400 ms and so on, give or take the half
+        assert len([each for each in server.requests[asked:] if each.plural == "services"]) < 8
+    finally:
+        consumer.close()
+
+
 def test_the_servers_own_time_out_is_no_trouble(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -265,11 +265,19 @@ def test_a_server_that_ignores_streaming_lists_is_asked_for_pages() -> None:
     assert isinstance(reflector.request(), List)
 
 
-@pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
+@pytest.mark.parametrize("code", [401, 403, 429, 500, 502, 503, 504])
 def test_a_server_in_trouble_does_not_cost_the_version(code: int) -> None:
     reflector = ready()
-    assert isinstance(reflector.refused(Status("", "", code))[-1], Broken)
-    assert reflector.request() == Watch("10")
+    for _ in range(10):
+        assert isinstance(reflector.refused(Status("", "", code))[-1], Broken)
+        assert reflector.request() == Watch("10")
+
+
+def test_a_watch_that_always_fails_at_one_version_is_given_up() -> None:
+    """As after "etcd event received with PrevKv=nil", which a server says again whenever it is asked."""
+    reflector = ready()
+    line = b'{"type":"ERROR","object":{"kind":"Status","code":500,"reason":"InternalError","message":"PrevKv=nil"}}'
+    assert [type(reflector.line(line)[-1]) for _ in range(3)] == [Broken, Broken, Relist]
 
 
 def test_a_version_of_the_future_is_given_up() -> None:
