@@ -1,6 +1,6 @@
-"""The record of assigned pod CIDRs, in the manifest directory, where every node's agent reads it.
+"""The record of assigned pod CIDRs, in the manifest directory, where every node's agent and proxy read it.
 
-A ConfigMap in a file of its own: manifests' readers pass over it, people can read it. Written under a lock, by rename.
+Written under a lock, by rename.
 """
 
 from __future__ import annotations
@@ -11,27 +11,13 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
-
 from pynet import files
 from pynet.daemon import logs
 from pynet.kernel.inotify import Watch
+from pynet.sources.nodecidrs import FILE, Record, decoded, encoded
 
 log = logs.get(__name__)
-FILE, LOCK = "pynet-node-cidrs.json", ".pynet-node-cidrs.lock"
-Record = dict[str, tuple[str, ...]]
-
-
-class _Metadata(msgspec.Struct, frozen=True):
-    name: str = "pynet-node-cidrs"
-    namespace: str = "kube-system"
-
-
-class _ConfigMap(msgspec.Struct, frozen=True, rename="camel"):
-    data: dict[str, str]
-    api_version: str = "v1"
-    kind: str = "ConfigMap"
-    metadata: _Metadata = _Metadata()
+LOCK = ".pynet-node-cidrs.lock"
 
 
 class Ledger:
@@ -46,11 +32,10 @@ class Ledger:
         if data is None:
             return {}
         try:
-            entries = msgspec.json.decode(data, type=_ConfigMap).data
-        except msgspec.DecodeError as error:
+            return decoded(data)
+        except ValueError as error:
             log.error("record of pod CIDRs cannot be read", extra=logs.fields(file=self._directory / FILE, error=error))
             return {}
-        return {name: tuple(cidr for cidr in text.split(",") if cidr) for name, text in entries.items()}
 
     def update(self, decide: Callable[[Record], Mapping[str, tuple[str, ...]]]) -> Record:
         """Put what `decide` makes of the record in its place, no other agent writing between; return it."""
@@ -60,9 +45,7 @@ class Ledger:
             before = self.read()
             after = dict(decide(before))
             if after != before:
-                content = _ConfigMap({name: ",".join(cidrs) for name, cidrs in sorted(after.items())})
-                data = msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-                files.replace(self._directory / FILE, data)
+                files.replace(self._directory / FILE, encoded(after))
             return after
         finally:
             os.close(lock)

@@ -31,10 +31,11 @@ from pynet.netstate import family_of
 from pynet.sources import Source
 from pynet.sources.events import Events
 from pynet.sources.flags import NoSource, add_source_flags, events_from, source_from
+from pynet.sources.manifests import Manifests
 
 log = logs.get(__name__)
 STATE_DIR = Path("/run/pynet")
-_LOCK_PATIENCE = 5.0  # seconds that a predecessor has to end
+_LOCK_PATIENCE = 2.0  # seconds that a predecessor has to end
 _FAILING_LIMIT = 120.0  # seconds of failure after which /healthz says so
 
 _EPILOG = f"""\
@@ -114,6 +115,9 @@ def _serve(arguments: list[str]) -> int:
         allocation = _allocation(args)
     except BadPool as error:
         parser.error(str(error))
+    if allocation:
+        # who assigns needs Nodes as their authors wrote them
+        source = Manifests(args.manifests, frozenset({"Node"}), assigned=False)
     lock = _locked(args.state_dir) if _root() else None
     if lock is None:
         return 1

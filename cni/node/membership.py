@@ -66,6 +66,7 @@ class Membership:
                 log.info("pod CIDRs assigned", extra=logs.fields(nodes=len(record)))
             except OSError as error:
                 problems.append(Problem("pod CIDRs", f"the record cannot be written: {error}"))
+                return {name: record[name] for name in names if name in record}
         short = [name for name in names if len(record.get(name, ())) < len(self._pools)]
         problems += [Problem(f"Node {name}", "--cluster-cidr has no room for its pod CIDR") for name in short]
         return {name: record[name] for name in names if name in record}

@@ -2,7 +2,8 @@
 
 Files named *.yaml, *.yml and *.json count, hidden ones and subdirectories do not. A file that cannot be read or parsed
 keeps what it last said, as does a single bad object of a file; both are logged once for each state of the file. An
-object that two files name is taken from the file whose name sorts first.
+object that two files name is taken from the file whose name sorts first. A Node without pod CIDRs has those that the
+agents' record in the directory assigns to it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import yaml
 
 from pynet.daemon import logs
 from pynet.kernel.inotify import Watch
-from pynet.objects import KINDS, BadObject, Object, Ref, objects_of, ref_of
-from pynet.sources import Batch
+from pynet.objects import KINDS, BadObject, Node, Object, Ref, objects_of, ref_of
+from pynet.sources import Batch, nodecidrs
 
 log = logs.get(__name__)
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -46,11 +47,13 @@ _Stamp = tuple[int, int, int, int]  # device, inode, size, mtime in ns: a file t
 
 
 class Manifests:
-    """The source. One directory; `kinds`: those to deliver."""
+    """The source. One directory; `kinds`: those to deliver; `assigned`: Nodes have the pod CIDRs of the record."""
 
-    def __init__(self, directory: Path, kinds: frozenset[str] = frozenset(KINDS)) -> None:
+    def __init__(self, directory: Path, kinds: frozenset[str] = frozenset(KINDS), *, assigned: bool = True) -> None:
         self.kinds = kinds
         self._directory = directory
+        self._assigned = assigned
+        self._record: nodecidrs.Record = {}
         self._stamps: dict[str, _Stamp] = {}
         self._contents: dict[str, dict[Ref, Object]] = {}
         self._holders: dict[Ref, set[str]] = {}
@@ -128,6 +131,8 @@ class Manifests:
                 self._stamps.pop(name, None)
                 self._contents.pop(name, None)
             self._note(name, old, new, before)
+            if name == nodecidrs.FILE and self._assigned:
+                self._take_record(before)
         after = {ref: self._effective(ref) if ref in self._holders else None for ref in before}
         return (
             [obj for ref, obj in after.items() if obj is not None and obj != before[ref]],
@@ -142,7 +147,8 @@ class Manifests:
             if ref not in before:
                 holders = self._holders.get(ref)
                 first = min(holders) if holders else None
-                before[ref] = None if first is None else old[ref] if first == name else self._contents[first][ref]
+                held = None if first is None else old[ref] if first == name else self._contents[first][ref]
+                before[ref] = None if held is None else self._filled(held)
             if ref not in new:
                 self._holders[ref].discard(name)
                 if not self._holders[ref]:
@@ -157,7 +163,24 @@ class Manifests:
                 holders.add(name)
 
     def _effective(self, ref: Ref) -> Object:
-        return self._contents[min(self._holders[ref])][ref]
+        return self._filled(self._contents[min(self._holders[ref])][ref])
+
+    def _filled(self, obj: Object) -> Object:
+        return nodecidrs.with_assigned(obj, self._record) if self._record and isinstance(obj, Node) else obj
+
+    def _take_record(self, before: dict[Ref, Object | None]) -> None:
+        """Read the record of pod CIDRs; remember in `before` the Nodes that it may change."""
+        nodes = {ref: self._effective(ref) for ref in self._holders if ref.kind == "Node" and ref not in before}
+        try:
+            self._record = nodecidrs.decoded((self._directory / nodecidrs.FILE).read_bytes())
+        except FileNotFoundError:
+            self._record = {}
+        except msgspec.ValidationError as error:
+            log.error("record of pod CIDRs cannot be used", extra=logs.fields(file=nodecidrs.FILE, error=error))
+            return
+        except (OSError, ValueError):  # told, as a manifest that cannot be read
+            return
+        before.update(nodes)
 
     def _listed(self) -> set[str]:
         try:

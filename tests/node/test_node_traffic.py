@@ -280,5 +280,10 @@ def test_agents_assign_pod_cidrs_that_all_of_them_know(netns: Names, tmp_path: P
         machine.stop(signal.SIGKILL)
         machine.start(*flags, cluster="10.100.0.0/16")
     assert (cidr(one), cidr(two)) == (mine, theirs)
+    two.stop()
+    two.start(cluster="10.100.0.0/16")
+    assert (cidr(two), two.ways()[mine]) == (theirs, "192.168.1.1 eth0"), (
+        "an agent that assigns nothing does not see it"
+    )
     three.publish(cidrs=[mine], ips=[three.ip])
     until("a Node's own CIDR goes first", lambda: one.ways().get(mine) or cidr(one) != mine)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pynet.objects import Ref, Service, ref_of
-from pynet.sources import Batch
+from pynet.files import replace
+from pynet.objects import Node, Ref, Service, ref_of
+from pynet.sources import Batch, nodecidrs
 from pynet.sources.manifests import Manifests
 
 SERVICE = """
@@ -180,3 +181,40 @@ def test_a_list_and_json_are_read(tmp_path: Path) -> None:
         "\n- {apiVersion: apps/v1, kind: Deployment, metadata: {name: other}}"
     )
     assert sorted(str(ref_of(obj)) for obj in Manifests(tmp_path).load()) == ["Node n1", "Service n/a"]
+
+
+def node(name: str, cidr: str = "") -> str:
+    spec = f"{{podCIDR: {cidr}, podCIDRs: [{cidr}]}}" if cidr else "{}"
+    return f"{{apiVersion: v1, kind: Node, metadata: {{name: {name}}}, spec: {spec}}}"
+
+
+def pod_cidrs(batch: Batch) -> dict[str, tuple[str, ...]]:
+    return {obj.metadata.name: obj.spec.pod_cidrs or () for obj in batch.upserts if isinstance(obj, Node)}
+
+
+def test_a_node_has_the_pod_cidrs_that_the_agents_record_assigns_to_it(tmp_path: Path) -> None:
+    for name, cidr in (("a", ""), ("b", "10.9.0.0/24"), ("z", "")):
+        (tmp_path / f"{name}.yaml").write_text(node(name, cidr))
+    source = Running(tmp_path)
+    record = tmp_path / nodecidrs.FILE
+
+    def write(**cidrs: str) -> None:
+        replace(record, nodecidrs.encoded({name: (cidr,) for name, cidr in cidrs.items()}))
+
+    try:
+        assert pod_cidrs(source.next()) == {"a": (), "b": ("10.9.0.0/24",), "z": ()}
+        write(a="10.1.0.0/24", b="10.2.0.0/24", gone="10.3.0.0/24")
+        assert pod_cidrs(source.next()) == {"a": ("10.1.0.0/24",)}, "b has its own, z is not in the record"
+        write(a="10.1.0.0/24", z="10.4.0.0/24")
+        assert pod_cidrs(source.next()) == {"z": ("10.4.0.0/24",)}
+        record.write_text("half of a rec")
+        assert source.silent()
+        (tmp_path / "a.yaml").write_text(node("a", "10.5.0.0/24"))
+        assert pod_cidrs(source.next()) == {"a": ("10.5.0.0/24",)}
+        record.unlink()
+        assert pod_cidrs(source.next()) == {"z": ()}
+    finally:
+        source.close()
+    write(a="10.1.0.0/24", z="10.4.0.0/24")
+    found = {obj.metadata.name: obj for obj in Manifests(tmp_path, assigned=False).load() if isinstance(obj, Node)}
+    assert (found["z"].spec.pod_cidrs, found["z"].spec.pod_cidr) == (None, "")
