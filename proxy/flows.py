@@ -7,6 +7,7 @@ SCTP flows of a removed endpoint are kept, reset, or kept for a while, as the Se
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -165,6 +166,9 @@ class Cleaner:
             gone = stale(conntrack.flows(protocols, _VERSIONS[family]), watches, addresses)
             count = conntrack.delete(gone) if gone else 0
         except OSError as error:
+            if error.errno == errno.EPERM:  # --userspace-listen-only, as any user: no flow there is translated
+                log.debug("flows cannot be read without privilege")
+                return True
             log.warning("stale flows could not be removed; trying again", extra=logs.fields(error=error))
             return False
         self._metrics.conntrack_seconds.labels(family.value).observe(self._clock() - began)

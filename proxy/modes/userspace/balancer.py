@@ -21,7 +21,12 @@ class Balancer:
         if endpoints != self.endpoints:
             self.endpoints = endpoints
             self._credit = {each: credit for each, credit in self._credit.items() if each in endpoints}
-            self._stays = {client: stay for client, stay in self._stays.items() if stay[0] in endpoints}
+            now = {(each.address, each.port): each for each in endpoints}  # whatever its weight is now
+            self._stays = {
+                client: (now[each.address, each.port], until)
+                for client, (each, until) in self._stays.items()
+                if (each.address, each.port) in now
+            }
         if affinity_seconds != self._affinity_seconds:
             self._affinity_seconds = affinity_seconds
             self._stays.clear()
@@ -36,8 +41,11 @@ class Balancer:
         return [*self.endpoints[at:], *self.endpoints[:at]]
 
     def connected(self, client: str, endpoint: Endpoint, now: float) -> None:
-        """Note that `client` got `endpoint`: with affinity it stays there, for a while from now."""
-        if not self._affinity_seconds:
+        """Note that `client` got `endpoint`: with affinity it stays there, for a while from now.
+
+        The list may have changed since `order`: nobody stays with an endpoint that is no more in it.
+        """
+        if not self._affinity_seconds or endpoint not in self.endpoints:
             return
         if len(self._stays) >= MAX_CLIENTS:
             self._stays = {name: stay for name, stay in self._stays.items() if now < stay[1]}

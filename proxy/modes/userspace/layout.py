@@ -119,22 +119,33 @@ def difference(family: Family, old: Elements, new: Elements) -> str:
 
 def differing(plan: Plan, wanted: Elements, held: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a line for each way in which the kernel's table (libnftables-json) is not what it should be."""
-    elements_held: dict[str, frozenset[str]] = {}
-    rules = 0
-    for entry in held:
-        rules += "rule" in entry
-        for kind in ("set", "map"):
-            if kind in entry:
-                elements_held[entry[kind]["name"]] = frozenset(_spelled(each) for each in entry[kind].get("elem", ()))
+    held = list(held)
+    there = elements_held(held)
+    rules = sum("rule" in entry for entry in held)
     found = []
     expected = sum(line.startswith("    ") and not line.startswith("    type ") for line in base(plan).splitlines())
     if rules != expected:
         found.append(f"table {TABLE} has {rules} rules instead of {expected}")
     for name in element_names():
-        have, want = elements_held.get(name, frozenset()), wanted.get(name, frozenset())
+        have, want = there.get(name, frozenset()), wanted.get(name, frozenset())
         if have != want:
             found.append(f"{name}: {len(want - have)} elements are missing, {len(have - want)} are too many")
     return found
+
+
+def elements_held(held: Iterable[Mapping[str, Any]]) -> Elements:
+    """Return the elements of a table as libnftables-json gives it."""
+    return {
+        entry[kind]["name"]: frozenset(_spelled(each) for each in entry[kind].get("elem", ()))
+        for entry in held
+        for kind in ("set", "map")
+        if kind in entry
+    }
+
+
+def udp_ports(doors: Iterable[str]) -> frozenset[int]:
+    """Return the ports of UDP doors, from elements of the set `doors`."""
+    return frozenset(int(port) for protocol, _, port in (each.partition(" . ") for each in doors) if protocol == "udp")
 
 
 def _spelled(value: Any) -> str:

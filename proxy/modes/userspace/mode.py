@@ -11,7 +11,7 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.userspace import layout
 from proxy.modes.userspace.balancer import Balancer
 from proxy.modes.userspace.doors import Door, DoorKey, doors_of, is_allowed
+from proxy.modes.userspace.endings import AnyDoor, Endings, Port
 from proxy.modes.userspace.tcp import Room, TcpDoor
 from proxy.modes.userspace.udp import UdpDoor
 from proxy.plan import (
@@ -36,13 +37,14 @@ from proxy.plan import (
     origin_of,
 )
 from pynet.daemon import logs
-from pynet.kernel import netlink, nftables, rtnl
+from pynet.kernel import conntrack, netlink, nftables, rtnl
 from pynet.kernel.nftables import NftError
 
 log = logs.get(__name__)
 R = TypeVar("R")
 _AF = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _ANY = {Family.V4: "0.0.0.0", Family.V6: "::"}
+_VERSIONS = {Family.V4: 4, Family.V6: 6}
 _OTHER_DESCRIPTORS = 4096  # doors, and what the rest of the program opens
 Balancers = dict[tuple[Family, ServerKey, Action], Balancer]
 
@@ -97,10 +99,10 @@ class Chooser:
 
 
 class Opened(msgspec.Struct):
-    """A door that is open: its chooser, and a socket for each address it is bound to."""
+    """A door that is open: its chooser, and a socket for each address that it is bound to."""
 
     chooser: Chooser
-    sockets: list[TcpDoor | UdpDoor]
+    sockets: dict[str, AnyDoor]
     port: int
 
 
@@ -116,6 +118,7 @@ class UserspaceMode:
         self._elements: dict[Family, layout.Elements] = {}
         self._balancers: Balancers = {}
         self._addresses: dict[Family, frozenset[str]] = {}
+        self._endings = Endings(self._open_doors)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._room: Room | None = None
 
@@ -132,10 +135,16 @@ class UserspaceMode:
         )
 
     def audit(self) -> Drift:
-        """Compare the rules' elements with what they should be, and write them anew where they differ."""
-        if self._options.listen_only:
-            return Drift()
+        """Compare the rules' elements with what they should be, and write them anew where they differ.
+
+        Without rules: listen where the node's addresses are now.
+        """
         found: list[tuple[ServerKey | None, str]] = []
+        if self._options.listen_only:
+            for family in [family for family, held in self._addresses.items() if self._local(family) != held]:
+                self._take(self._plans[family], None)
+                found.append((None, f"{family.value}: the node has other addresses now"))
+            return Drift(tuple(found))
         for family, plan in self._plans.items():
             try:
                 held = nftables.list_table(layout.NFT_FAMILY[family], layout.TABLE)
@@ -192,11 +201,13 @@ class UserspaceMode:
         gone, failed = self._run(self._change_doors(plan, old, named))
         opened = time.monotonic()
         written = len(named)
-        if not self._options.listen_only:
-            written = self._write(plan, keys)
-        self._plans[family] = plan
-        if gone:
-            self._run(self._close(gone))
+        try:
+            if not self._options.listen_only:
+                written = self._write(plan, keys)
+        finally:
+            self._plans[family] = plan
+            if gone:
+                self._run(self._close(gone))
         if failed:
             raise ApplyError("; ".join(failed.values()), list(failed))
         return Written(written, opened - began, time.monotonic() - opened)
@@ -204,23 +215,28 @@ class UserspaceMode:
     def _write(self, plan: Plan, keys: tuple[ServerKey, ...] | None) -> int:
         ports = {key: opened.port for (family, key), opened in self._open.items() if family is plan.family}
         wanted = layout.elements(plan, ports)
-        if keys is None:
-            script = layout.base(plan) + layout.difference(plan.family, {}, wanted)
-        else:
-            script = layout.difference(plan.family, self._elements.get(plan.family, {}), wanted)
         try:
+            had = self._elements.get(plan.family)
+            if had is None:  # what a process before us has left
+                held = nftables.list_table(layout.NFT_FAMILY[plan.family], layout.TABLE)
+                had = layout.elements_held(held)
+            if keys is None:
+                script = layout.base(plan) + layout.difference(plan.family, {}, wanted)
+            else:
+                script = layout.difference(plan.family, had, wanted)
             if script:
                 nftables.apply(script)
         except NftError as error:
             raise ApplyError(str(error)) from error
         self._elements[plan.family] = wanted
+        _forget_flows(plan.family, layout.udp_ports(had.get("doors", frozenset()) - wanted["doors"]))
         return script.count("\n")
 
     async def _change_doors(
         self, plan: Plan, old: Plan | None, keys: Iterable[ServerKey]
-    ) -> tuple[list[Opened], dict[ServerKey, str]]:
+    ) -> tuple[list[AnyDoor], dict[ServerKey, str]]:
         """Open and change doors; return those that are to be closed, and why some could not be opened."""
-        gone: list[Opened] = []
+        gone: list[AnyDoor] = []
         failed: dict[ServerKey, str] = {}
         family = plan.family
         for key in keys:
@@ -228,17 +244,28 @@ class UserspaceMode:
             wanted = {door.key: door for door in self._doors(new)} if new else {}
             before = old.servers.get(key) if old else None
             old_names = [(family, door.key) for door in self._doors(before)] if before else []
-            gone += (self._open.pop(name) for name in old_names if name[1] not in wanted and name in self._open)
+            closing: list[AnyDoor] = []
+            for name in old_names:
+                if name[1] not in wanted and name in self._open:
+                    closing += self._open.pop(name).sockets.values()
             self._balance(family, key, new)
             for door in wanted.values():
                 try:
-                    self._show(plan, door)
+                    closing += self._show(plan, door)
                 except OSError as error:
                     where = f"{door.key.address or 'node port'}:{door.key.port}"
                     failed[key] = f"{key}: {where}: {error.strerror or error}"
-            if before and new:
-                self._remove_endpoints(family, before, new)
+            if closing:
+                self._endings.closed((family, key), closing)
+                gone += closing
+            self._endings.follow((family, key), before, new)
         return gone, failed
+
+    def _open_doors(self, port: Port) -> Iterable[AnyDoor]:
+        family, server = port
+        for (at, key), opened in self._open.items():
+            if at is family and key.server == server:
+                yield from opened.sockets.values()
 
     def _doors(self, server: VirtualServer) -> list[Door]:
         return doors_of(server, listen_only=self._options.listen_only)
@@ -254,24 +281,29 @@ class UserspaceMode:
             else:
                 self._balancers[name] = Balancer(endpoints, server.affinity_seconds)
 
-    def _show(self, plan: Plan, door: Door) -> None:
-        """Open a door, or tell an open one what is new. Raise `OSError` where its port cannot be bound."""
+    def _show(self, plan: Plan, door: Door) -> list[AnyDoor]:
+        """Open a door, or tell an open one what is new; return its sockets on addresses that are gone.
+
+        Raise `OSError` where its port cannot be bound.
+        """
         name = plan.family, door.key
         opened = self._open.get(name)
         if opened is None:
-            chooser = Chooser(door, plan.settings, plan.family, self._balancers)
-            opened = Opened(chooser, [], 0)
-            self._bind(plan, door, opened)
-            self._open[name] = opened
+            opened = Opened(Chooser(door, plan.settings, plan.family, self._balancers), {}, 0)
+        addresses = self._bind_addresses(plan)
+        self._bind(plan, door, opened, [address for address in addresses if address not in opened.sockets])
+        self._open[name] = opened
         opened.chooser.door = door
         opened.chooser.settings = plan.settings
         opened.chooser.node_addresses = self._addresses[plan.family]
+        return [opened.sockets.pop(address) for address in opened.sockets.keys() - set(addresses)]
 
-    def _bind(self, plan: Plan, door: Door, opened: Opened) -> None:
+    def _bind(self, plan: Plan, door: Door, opened: Opened, addresses: Sequence[str]) -> None:
         assert self._room is not None
         port = door.key.port if self._options.listen_only else 0
+        bound: dict[str, AnyDoor] = {}
         try:
-            for address in self._bind_addresses(plan):
+            for address in addresses:
                 is_udp = door.key.server.protocol == "UDP"
                 made = socket.socket(_AF[plan.family], socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM)
                 try:
@@ -281,7 +313,7 @@ class UserspaceMode:
                         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                     made.bind((address, port))
                     opened.port = made.getsockname()[1]
-                    opened.sockets.append(
+                    bound[address] = (
                         UdpDoor(made, opened.chooser, self._room, self._options.udp_idle_seconds)
                         if is_udp
                         else TcpDoor(made, opened.chooser, self._room)
@@ -290,9 +322,10 @@ class UserspaceMode:
                     made.close()
                     raise
         except OSError:
-            for each in opened.sockets:
+            for each in bound.values():
                 each.abort()
             raise
+        opened.sockets.update(bound)
 
     def _bind_addresses(self, plan: Plan) -> list[str]:
         if not self._options.listen_only:
@@ -306,31 +339,15 @@ class UserspaceMode:
         local = [*sorted(self._addresses[plan.family]), *([loopback] if plan.settings.localhost_node_ports else [])]
         return [address for address in local if inside(address, networks)]
 
-    def _remove_endpoints(self, family: Family, before: VirtualServer, new: VirtualServer) -> None:
-        """End what the Service wants ended of endpoints that are gone: UDP at once, TCP as it declares."""
-        gone = frozenset({*before.cluster, *before.local} - {*new.cluster, *new.local})
-        word, _, seconds = new.removal.partition(":")
-        is_udp = new.key.protocol == "UDP"
-        if not gone or (word == "keep" and not is_udp):
-            return
-        assert self._loop is not None
-        for (at, key), opened in self._open.items():
-            if at is family and key.server == new.key:
-                for each in opened.sockets:
-                    if word == "drain" and not is_udp:
-                        self._loop.call_later(float(seconds), each.reset_of, gone)
-                    else:
-                        each.reset_of(gone)
-
-    async def _close(self, gone: Iterable[Opened]) -> None:
-        for opened in gone:
-            for each in opened.sockets:
-                each.close()
+    async def _close(self, gone: Iterable[AnyDoor]) -> None:
+        for each in gone:
+            each.close()
 
     async def _close_all(self) -> None:
         for opened in self._open.values():
-            for each in opened.sockets:
+            for each in opened.sockets.values():
                 each.abort()
+        self._endings.abort()
 
     def _local(self, family: Family) -> frozenset[str]:
         """Return the node's own addresses, loopback's excepted."""
@@ -345,6 +362,23 @@ class UserspaceMode:
             self._room = Room(min(self._options.max_connections, _most_connections()))
             threading.Thread(target=_forever, args=(self._loop,), name="userspace", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _forget_flows(family: Family, ports: Collection[int]) -> None:
+    """Remove the tracked UDP flows that were led to doors at these ports, which are closed.
+
+    A client that goes on sending would keep its flow alive, and its datagrams would find nobody for ever.
+    """
+    if not ports:
+        return
+    try:
+        conntrack.delete(
+            flow
+            for flow in conntrack.flows({"UDP"}, _VERSIONS[family])
+            if flow.answers_port in ports and (flow.answers, flow.answers_port) != (flow.destination, flow.port)
+        )
+    except OSError as error:
+        log.warning("flows to closed doors could not be removed", extra=logs.fields(family=family.value, error=error))
 
 
 def _most_connections() -> int:

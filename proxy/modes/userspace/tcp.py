@@ -18,7 +18,7 @@ from proxy.plan import Endpoint
 # Seconds until the next endpoint is tried; kube-proxy's userspace mode had the same.
 DIAL_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _BUFFER = 1 << 18
-_BACKLOG = 1024
+_BACKLOG = 4096  # the kernel has a limit of its own, net.core.somaxconn
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -208,10 +208,15 @@ class TcpDoor:
         for pair in list(self._pairs):
             pair.reset()
 
-    def reset_of(self, endpoints: frozenset[Endpoint]) -> None:
-        """End the connections to these endpoints."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is open, or has connections still."""
+        return self._is_open or bool(self._pairs or self._tasks)
+
+    def reset_of(self, backends: frozenset[tuple[str, int]]) -> None:
+        """End the connections to these addresses and ports."""
         for pair in list(self._pairs):
-            if pair.endpoint in endpoints:
+            if (pair.endpoint.address, pair.endpoint.port) in backends:
                 pair.reset()
 
     def _accept(self) -> None:
@@ -278,7 +283,10 @@ async def dial(choose: Choose, client: str) -> tuple[Endpoint, socket.socket] | 
         endpoint = order[attempt % len(order)]
         seconds = DIAL_SECONDS[min(attempt, len(DIAL_SECONDS) - 1)]
         family = socket.AF_INET6 if ":" in endpoint.address else socket.AF_INET
-        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # no descriptor is left: no fault of the endpoint's
+            return None
         made.setblocking(False)
         try:
             async with asyncio.timeout(seconds):

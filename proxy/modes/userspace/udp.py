@@ -60,11 +60,12 @@ class UdpDoor:
             self._end(client)
 
     abort = close
+    is_busy = False  # once it is closed, and nobody asks before
 
-    def reset_of(self, endpoints: frozenset[Endpoint]) -> None:
-        """End the sessions with these endpoints; the next datagram of each client chooses anew."""
+    def reset_of(self, backends: frozenset[tuple[str, int]]) -> None:
+        """End the sessions with these addresses and ports; the next datagram of each client chooses anew."""
         for client, session in list(self._sessions.items()):
-            if session.endpoint in endpoints:
+            if (session.endpoint.address, session.endpoint.port) in backends:
                 self._end(client)
 
     def _from_clients(self) -> None:
@@ -87,17 +88,21 @@ class UdpDoor:
         if not order or not self._room.take():
             self._room.refused += bool(order)
             return None
-        link = self._linked(client, order[0])
-        if link is None:
-            self._room.give()
-            return None
-        self._choose.connected(client[0], order[0])
-        session = self._sessions[client] = _Session(order[0], link, _reply_from(ancillary))
-        return session
+        for endpoint in order:  # one without a route fails at once
+            link = self._linked(client, endpoint)
+            if link is not None:
+                self._choose.connected(client[0], endpoint)
+                session = self._sessions[client] = _Session(endpoint, link, _reply_from(ancillary))
+                return session
+        self._room.give()
+        return None
 
     def _linked(self, client: Any, endpoint: Endpoint) -> socket.socket | None:
         family = socket.AF_INET6 if ":" in endpoint.address else socket.AF_INET
-        link = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            link = socket.socket(family, socket.SOCK_DGRAM)
+        except OSError:  # no descriptor is left
+            return None
         link.setblocking(False)
         try:
             link.connect((endpoint.address, endpoint.port))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 import pytest
 
 from proxy.modes.userspace import balancer
@@ -54,6 +55,21 @@ def test_a_change_keeps_those_who_can_stay() -> None:
     assert A not in one.order("a", 1)
     one.change((), 10)
     assert one.order("b", 1) == []
+
+
+def test_an_endpoint_of_another_weight_is_the_same_endpoint() -> None:
+    one = Balancer((A, B), affinity_seconds=10)
+    one.connected("b", B, 0)
+    heavier = msgspec.structs.replace(B, weight=5)
+    one.change((A, heavier), 10)
+    assert {one.order("b", 1)[0] for _ in range(4)} == {heavier}
+
+
+def test_nobody_stays_with_an_endpoint_that_went_while_it_was_dialed() -> None:
+    one = Balancer((A, B), affinity_seconds=10)
+    one.change((C,), 10)
+    one.connected("c", A, 0)
+    assert one.order("c", 1) == [C]
 
 
 def test_clients_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,10 @@ def manifests(tmp_path: Path) -> Path:
         "spec": {
             "type": "NodePort",
             "clusterIP": "10.96.0.1",
-            "ports": [{"name": "http", "port": 80, "nodePort": 31234, "protocol": "TCP"}],
+            "ports": [
+                {"name": "http", "port": 80, "nodePort": 31234, "protocol": "TCP"},
+                {"name": "dns", "port": 53, "nodePort": 31253, "protocol": "UDP"},
+            ],
         },
     }
     slices = {
@@ -58,7 +61,10 @@ def manifests(tmp_path: Path) -> Path:
         "kind": "EndpointSlice",
         "metadata": {"name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
         "addressType": "IPv4",
-        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        "ports": [
+            {"name": "http", "port": 8080, "protocol": "TCP"},
+            {"name": "dns", "port": 5353, "protocol": "UDP"},
+        ],
         "endpoints": [{"addresses": ["10.9.0.1"], "conditions": {"ready": True}}],
     }
     folder = tmp_path / "manifests"
@@ -103,10 +109,16 @@ def test_node_ports_without_privilege(host: OneHost, manifests: Path) -> None:
 
 def serve_without_privilege(host: OneHost, manifests: Path) -> None:
     nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
-    start(host.node, manifests, "--mode=userspace", "--userspace-listen-only", before=nobody)
+    flags = ("--mode=userspace", "--userspace-listen-only", "--nodeport-addresses=127.0.0.0/8,10.9.0.0/25")
+    start(host.node, manifests, *flags, before=nobody)
+    log = manifests.parent / "log"
     for address in ("127.0.0.1", "10.9.0.1"):
-        assert wait_for_answer(host, address, 31234, manifests.parent / "log") == "self"
+        assert wait_for_answer(host, address, 31234, log) == "self"
+    host.node.batch("addr add 10.9.0.7/24 dev br0", "addr add 10.9.0.200/24 dev br0")
+    assert wait_for_answer(host, "10.9.0.7", 31234, log) == "self"  # an address that the node has got since
+    assert host.ask("node", "10.9.0.200", 31234) == REFUSED
     assert host.node.run("nft", "list", "ruleset") == ""
+    assert "stale flows" not in log.read_text()  # which nobody may read
 
 
 def test_loopback_node_ports_beside_another_mode(host: OneHost, manifests: Path) -> None:

@@ -245,6 +245,98 @@ def test_connections_outlive_their_endpoints_removal_unless_the_service_says_res
                 assert ended.recv(1) == b""
 
 
+A, B = Endpoint("10.244.2.2", 7003), Endpoint("10.244.1.3", 8080)
+# what becomes of a Service port with the endpoint A → removal, and whether a connection to A lives on
+ENDS = {
+    "last": ({"cluster": (), "local": ()}, "reset", False),
+    "later": ({"cluster": (B,)}, "drain:0", False),
+    "weighed": ({"cluster": (msgspec.structs.replace(A, weight=3), B)}, "reset", True),
+    "answering": ({"cluster": (B,), "draining": (A,)}, "reset", True),
+    "moved": ({"frontends": (every(CLUSTER_IP, "10.96.0.59", 80),)}, "reset", True),
+    "deleted": (None, "reset", False),
+    "kept": (None, "keep", True),
+}
+
+
+def test_how_connections_end_is_the_services_to_say(standing: Lab) -> None:
+    """Whichever way an endpoint goes; one that only gets another weight, or still answers, has not gone."""
+    old = {
+        name: server(name, every(CLUSTER_IP, f"10.96.0.{50 + n}", 80), to=(A,), removal=removal)
+        for n, (name, (_, removal, _)) in enumerate(ENDS.items())
+    }
+    new = [msgspec.structs.replace(old[name], **how) for name, (how, _, _) in ENDS.items() if how is not None]
+    base = plan_of(*ALL, *old.values())
+    with echo(standing, "far", 7003), contextlib.ExitStack() as stack:
+        standing.do(lambda: standing.mode.sync([base]))
+        held = {name: stack.enter_context(client_of(standing, "pod1", old[name].frontends[0].address)) for name in ENDS}
+        assert all(client.recv(1) == b"!" for client in held.values())
+        gone = [old[name] for name, (how, _, _) in ENDS.items() if how is None]
+        standing.do(lambda: standing.mode.update([change(base, *new, without=tuple(gone))]))
+        for name, (_, _, lives) in ENDS.items():
+            held[name].settimeout(10 if lives else 30)
+            assert echoes(held[name], is_wanted=lives) == lives, name
+
+
+def test_an_endpoint_that_comes_back_keeps_its_connections(standing: Lab) -> None:
+    one = server("back", every(CLUSTER_IP, "10.96.0.60", 80), to=(A,), removal="drain:1")
+    base = plan_of(*ALL, one)
+    with echo(standing, "far", 7003):
+        standing.do(lambda: standing.mode.sync([base]))
+        with client_of(standing, "pod1", "10.96.0.60") as client:
+            assert client.recv(1) == b"!"  # accepted is not yet dialed
+            away = change(base, msgspec.structs.replace(one, cluster=(POD1,)))
+            standing.do(lambda: standing.mode.update([away]))
+            standing.do(lambda: standing.mode.update([change(away.new, one)]))
+            assert (A.address, A.port) not in {backend for _, backend in standing.mode._endings._timers}
+            assert echoes(client)
+
+
+def echoes(client: socket.socket, *, is_wanted: bool = True) -> bool:
+    """Whether the connection lives; where that is not wanted, wait for its end."""
+    try:
+        client.sendall(b"x")
+        return client.recv(1) == b"x" and (is_wanted or client.recv(1) != b"")
+    except ConnectionError:
+        return False
+
+
+def test_a_flow_of_datagrams_does_not_stay_with_a_closed_door(standing: Lab) -> None:
+    """A client that goes on from one port finds the Service again when it has endpoints again, or a new process."""
+    to = (Endpoint("10.244.2.2", 5353),)
+    one = server("flow", every(CLUSTER_IP, "10.96.0.61", 53), every(NODE_PORT, "", 30061), to=to, protocol="UDP")
+    base = plan_of(*ALL, one)
+    standing.do(lambda: standing.mode.sync([base]))
+    clients = [datagram_client(standing, *where) for where in (("10.96.0.61", 53), ("192.168.77.1", 30061))]
+    with contextlib.closing(clients[0]), contextlib.closing(clients[1]):
+        assert [answered(each) for each in clients] == ["far", "far"]
+        empty = change(base, msgspec.structs.replace(one, cluster=(), local=()))
+        standing.do(lambda: standing.mode.update([empty]))
+        standing.do(lambda: standing.mode.update([change(empty.new, one)]))
+        assert [answered(each) for each in clients] == ["far", "far"]
+        heir = standing.do(lambda: UserspaceMode(Options()))
+        assert isinstance(heir, UserspaceMode)
+        standing.do(lambda: heir.sync([base]))
+        assert [answered(each) for each in clients] == ["far", "far"]
+    standing.do(heir.cleanup)
+
+
+def datagram_client(lab: Lab, address: str, port: int) -> socket.socket:
+    with inside(lab.net["outside"].namespace):
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.connect((address, port))
+    made.settimeout(2)
+    return made
+
+
+def answered(client: socket.socket) -> str:
+    """Return who answers a datagram; an error that one before has left is passed over."""
+    for _ in range(3):
+        with contextlib.suppress(ConnectionRefusedError):
+            client.send(b"?")
+            return client.recv(100).decode().split()[0]
+    return ""
+
+
 def test_half_close_and_a_megabyte_each_way(standing: Lab) -> None:
     """The client ends its half first, and still gets the whole answer."""
     one = server("echo", every(CLUSTER_IP, "10.96.0.40", 80), to=(Endpoint("10.244.2.2", 7001),))
