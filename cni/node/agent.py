@@ -34,7 +34,7 @@ from pynet.sources.events import Events, NoEvents
 
 log = logs.get(__name__)
 _REST = 0.05  # seconds between the end of a reconcile and the start of the next
-_LOOK_AT_FORWARD = 10.0  # seconds: Docker may close the FORWARD chain at any time, and says so to nobody
+_LOOK_AT_FORWARD = 10.0  # seconds: for what no glance at the FORWARD chain tells
 _RETRY, _RETRY_LIMIT = 1.0, 30.0  # seconds until what was refused is tried again; doubled each time
 
 
@@ -76,6 +76,7 @@ class Agent:
         self._looked = self._audited = -float("inf")
         self._accepted: tuple[str, ...] = ()
         self._accepted_at = -float("inf")
+        self._closing = threading.Event()
         self._closed: list[str] = []
         self._failures = 0
         self._timer: threading.Timer | None = None
@@ -108,6 +109,11 @@ class Agent:
             log.debug("kernel event", extra=logs.fields(event=event))
             self._look.set()
             self._runner.request()
+
+    def on_forward(self) -> None:
+        """Take word that somebody may have closed a FORWARD chain."""
+        self._closing.set()
+        self._runner.request()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set."""
@@ -184,7 +190,9 @@ class Agent:
         outer = [link.name for link in outcome.state.links if link.name not in quiet]
         complaints = forwarding.sysctls(families, sorted(loose), outer)
         passing = self._options.settings.cluster_cidrs or want.pod_cidrs
-        if passing != self._accepted or time.monotonic() - self._accepted_at >= self._pause:
+        due = self._closing.is_set() or time.monotonic() - self._accepted_at >= self._pause
+        if due or passing != self._accepted:
+            self._closing.clear()
             self._closed = acceptance.ensure(passing)
             self._accepted, self._accepted_at = passing, time.monotonic()
         problems += [Problem("forwarding", complaint) for complaint in (*complaints, *self._closed)]

@@ -19,8 +19,12 @@ Version = Literal[4, 6]
 BACKENDS: tuple[Backend, ...] = ("legacy", "nft")
 _WAIT_SECONDS = 10
 _RESOURCE_PROBLEM = 4  # exit code: the lock is held, or the kernel says to try again
-_GET_INFO = 64
+_GET_INFO, _GET_ENTRIES = 64, 65
 _GET_INFO_SIZE = 32 + 4 * 13
+_ENTRIES_HEAD = 40  # of struct ipt_get_entries: a name of 32 bytes, a size, a hole
+_FORWARD = 2  # NF_INET_FORWARD
+_TARGET_OFFSET = {4: 88, 6: 140}  # of struct ipt_entry, ip6t_entry: after the address part and `nfcache`
+_TARGET_HEAD = 32  # of struct xt_standard_target: the verdict follows
 _HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
 _LINE = re.compile(r"(?:line:? )(\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,20 +85,46 @@ class Tool:
 
 
 def legacy_size(version: Version, table: str) -> tuple[int, int]:
-    """Return how many entries a legacy table has and how many bytes they take, without reading them; (0, 0): no table.
+    """Return how many entries a legacy table has and how many bytes they take, unread; (0, 0): no table."""
+    *_, entries, size = _legacy_info(version, table)
+    return entries, size
+
+
+def legacy_forward_policy(version: Version) -> int:
+    """Return the verdict (-1 drops) of the legacy FORWARD chain for what no rule decides; 0: no table. Changes of it
+    leave the table's size as it is. Raise `IptablesError`, also when the table changes meanwhile.
+    """
+    info = _legacy_info(version, "filter")
+    size = info[-1]
+    if not size:
+        return 0
+    head = b"filter".ljust(32, b"\0") + struct.pack("=I", size)
+    raw = _legacy_option(version, _GET_ENTRIES, head, _ENTRIES_HEAD + size, "entries of the filter table")
+    policy = _ENTRIES_HEAD + info[1 + 5 + _FORWARD]
+    (target,) = struct.unpack_from("=H", raw, policy + _TARGET_OFFSET[version])
+    return int(struct.unpack_from("=i", raw, policy + target + _TARGET_HEAD)[0])
+
+
+def _legacy_info(version: Version, table: str) -> tuple[int, ...]:
+    """Return which hooks a legacy table has, where each begins and where its policy is (five each), the number of
+    entries, and their size; zeros where there is no such table.
 
     IPT_SO_GET_INFO of linux/netfilter_ipv4/ip_tables.h: a name of 32 bytes in, 13 further numbers of 4 bytes out.
     """
     if table not in _legacy_tables(version):
-        return 0, 0
+        return (0,) * 13
+    raw = _legacy_option(version, _GET_INFO, table.encode(), _GET_INFO_SIZE, f"size of the {table} table")
+    return struct.unpack_from("=13I", raw, 32)
+
+
+def _legacy_option(version: Version, option: int, head: bytes, size: int, what: str) -> bytes:
     family, level = (socket.AF_INET6, socket.IPPROTO_IPV6) if version == 6 else (socket.AF_INET, socket.IPPROTO_IP)
-    buffer = ctypes.create_string_buffer(table.encode(), _GET_INFO_SIZE)
-    length = ctypes.c_uint32(_GET_INFO_SIZE)
+    buffer = ctypes.create_string_buffer(head, size)
+    length = ctypes.c_uint32(size)
     with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as sock:
-        if _libc.getsockopt(sock.fileno(), level, _GET_INFO, buffer, ctypes.byref(length)):
-            raise IptablesError(f"size of the {table} table: {os.strerror(ctypes.get_errno())}")
-    entries, size = struct.unpack_from("=II", buffer.raw, 32 + 4 * 11)
-    return entries, size
+        if _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(length)):
+            raise IptablesError(f"{what}: {os.strerror(ctypes.get_errno())}")
+    return buffer.raw
 
 
 def backend_of_host() -> Backend:

@@ -288,6 +288,16 @@ class Nfnetlink:
                 found[bytes(facts[3][:-1]).decode()] = base
         return found
 
+    def policy(self, family: str, table: str, chain: str) -> tuple[int, int]:
+        """Return a base chain's policy (0 drops) and how many rules it has; (-1, 0): there is no such chain."""
+        try:
+            ((_, payload),) = self._ask(GETCHAIN, family, string(1, table) + string(3, chain), 0)
+        except NfnetlinkError as error:
+            if error.errno == errno.ENOENT:
+                return -1, 0
+            raise
+        return number_of(payload, 5), number_of(payload, 6)
+
     def uses(self, family: str, table: str) -> dict[str, int]:
         """Return how many rules each chain of a table has, those counted in that jump to it: a cheap fingerprint."""
         found = {}
