@@ -13,7 +13,7 @@ import msgspec
 
 from proxy.endpoints import SliceFacts, facts_of_endpoints, facts_of_slice
 from proxy.services import ServiceFacts, facts_of
-from pynet.objects import BadObject, Endpoints, EndpointSlice, Node, Object, Ref, Service, ref_of
+from pynet.objects import BadObject, Endpoints, EndpointSlice, Metadata, Node, Object, Ref, Service, ref_of
 from pynet.sources import Batch
 
 KINDS = frozenset({"Service", "EndpointSlice", "Endpoints", "Node"})
@@ -26,7 +26,7 @@ class Touched(msgspec.Struct, frozen=True):
 
     services: frozenset[str] = frozenset()
     node: bool = False
-    bad: tuple[BadObject, ...] = ()
+    bad: tuple[tuple[BadObject, Object], ...] = ()
     triggers: tuple[tuple[str, str], ...] = ()
 
 
@@ -51,6 +51,12 @@ class Cluster:
         pieces = self._slices.get(service)
         return pieces.values() if pieces else self._endpoints.get(service, ())
 
+    def told_of(self, service: str) -> Service:
+        """Return a Service, by namespace/name, as far as an Event on it needs it: its names and uid."""
+        namespace, _, name = service.partition("/")
+        known = self._services.get(service)
+        return Service(metadata=Metadata(name=name, namespace=namespace, uid=known.uid if known else ""))
+
     def snapshot(self) -> bytes:
         """Return all that is known, for `restore`."""
         pieces = {name: self._slices[owner][name] for name, owner in self._owner.items() if name in self._slices[owner]}
@@ -73,7 +79,7 @@ class Cluster:
     def apply(self, batch: Batch) -> Touched:
         """Take a batch in and return what it touched."""
         touched: set[str] = set()
-        bad: list[BadObject] = []
+        bad: list[tuple[BadObject, Object]] = []
         triggers: list[tuple[str, str]] = []
         node_before = self.node
         deletes = [*batch.deletes, *self._absent(batch)]
@@ -83,7 +89,7 @@ class Cluster:
             try:
                 self._upsert(obj, touched, triggers)
             except BadObject as error:
-                bad.append(error)
+                bad.append((error, obj))
         return Touched(frozenset(touched), self.node != node_before, tuple(bad), tuple(triggers))
 
     def _absent(self, batch: Batch) -> Iterable[Ref]:

@@ -20,7 +20,7 @@ from proxy.plan import Action, Family, FrontendKind, Plan, PlanChange, ServerKey
 from proxy.planning import Contest, Planner
 from proxy.quarantine import Suspect, Writer, with_servers_of, without
 from pynet.daemon import logs
-from pynet.objects import API_VERSIONS, BadObject, Ref
+from pynet.objects import BadObject, Object
 from pynet.sources import Batch
 from pynet.sources.events import Events
 
@@ -187,11 +187,11 @@ class Engine:
                 self._metrics.last_queued.labels(family.value).set(time.time())
         return touched, is_node_new
 
-    def _report(self, bad: Iterable[BadObject]) -> None:
-        for error in bad:
+    def _report(self, bad: Iterable[tuple[BadObject, Object]]) -> None:
+        for error, obj in bad:
             self._metrics.bad_objects.inc()
             log.warning("object skipped", extra=logs.fields(object=error.where, field=error.field, reason=error.reason))
-            self._events.emit("Quarantined", str(error), _named(error))
+            self._events.emit("Quarantined", str(error), obj)
 
     def _may_write(self, now: float) -> bool:
         """Whether enough is known: every kind was delivered, or no source says anything and a state file speaks."""
@@ -220,7 +220,7 @@ class Engine:
                     log.warning(
                         "address is claimed twice; the older Service keeps it", extra=logs.fields(claim=contest)
                     )
-                    self._events.emit("AddressInUse", str(contest), _service_ref(contest.loser))
+                    self._events.emit("AddressInUse", str(contest), self.cluster.told_of(contest.loser.service))
             self._contests = contests
             self._metrics.contests.set(len(contests))
 
@@ -294,7 +294,8 @@ class Engine:
     def _note_refused(self, refused: dict[Suspect, str]) -> None:
         for (family, key), reason in refused.items():
             log.error("the kernel refused a Service port; all others work", extra=logs.fields(port=key, reason=reason))
-            self._events.emit("Quarantined", f"{key}: its rules were refused: {reason}"[:1000], _service_ref(key))
+            about = self.cluster.told_of(key.service)
+            self._events.emit("Quarantined", f"{key}: its rules were refused: {reason}"[:1000], about)
             self._refused[family][key] = self._planners[family].plan.servers.get(key)
         for family, kept in self._refused.items():
             self._metrics.quarantined.labels(family.value).set(len(kept))
@@ -388,15 +389,3 @@ def seconds_since(stamp: str, now: float) -> float | None:
         return max(0.0, now - datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp())
     except ValueError:
         return None
-
-
-def _named(error: BadObject) -> Ref | None:
-    """Return the object that an error is about, where its words name one: "KIND NAMESPACE/NAME"."""
-    kind, _, key = error.where.partition(" ")
-    namespace, slash, name = key.partition("/")
-    return Ref(kind, namespace, name) if slash and kind in API_VERSIONS and " " not in name else None
-
-
-def _service_ref(key: ServerKey) -> Ref:
-    namespace, _, name = key.service.partition("/")
-    return Ref("Service", namespace, name)

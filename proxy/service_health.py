@@ -16,7 +16,7 @@ from proxy.plan import Family, NodeSettings, PlanChange, inside
 from proxy.services import canonical_address
 from pynet.daemon import logs
 from pynet.daemon.http import BindError, Reply, Server, serve
-from pynet.objects import Ref
+from pynet.objects import Service
 from pynet.sources.events import Events
 
 log = logs.get(__name__)
@@ -97,7 +97,7 @@ class ServiceHealth:
                 continue
             self._checks[name] = check
             if name not in self._servers:
-                self._open(name, check)
+                self._open(name, check, cluster.told_of(name))
 
     def tick(self, now: float) -> None:
         """Nothing is due by time."""
@@ -111,7 +111,7 @@ class ServiceHealth:
         for server in self._servers.pop(name, ()):
             server.close()
 
-    def _open(self, name: str, check: Check) -> None:
+    def _open(self, name: str, check: Check, about: Service) -> None:
         routes = _AnyPath({"": lambda: reply_for(name, self._checks[name], self._is_proxy_healthy())})
         opened: list[Server] = []
         for host in self._binds:
@@ -120,10 +120,7 @@ class ServiceHealth:
             except BindError as error:
                 if self._failed.get(name) != check.port:
                     log.error("health check node port cannot be served", extra=logs.fields(service=name, reason=error))
-                    namespace, _, service = name.partition("/")
-                    self._events.emit(
-                        "FailedToStartServiceHealthcheck", str(error), Ref("Service", namespace, service), "Warning"
-                    )
+                    self._events.emit("FailedToStartServiceHealthcheck", str(error), about)
                 self._failed[name] = check.port
                 continue
             if server:

@@ -61,6 +61,7 @@ class ServiceFacts(msgspec.Struct, frozen=True, gc=False):
     scheduler: str = ""
     removal: str = "keep"
     weights: tuple[tuple[str, int], ...] = ()
+    uid: str = ""
 
 
 def canonical_address(text: str) -> tuple[Family, str] | None:
@@ -156,6 +157,7 @@ def facts_of(service: Service) -> ServiceFacts | None:
         removal=_annotation(service, annotations, REMOVAL_ANNOTATION, _REMOVAL, "keep, reset or drain:SECONDS")
         or "keep",
         weights=_weights(service, annotations.get(WEIGHTS_ANNOTATION, "")),
+        uid=meta.uid,
     )
 
 

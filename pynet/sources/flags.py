@@ -65,7 +65,7 @@ def events_from(args: argparse.Namespace, component: str, node: str) -> Events:
     _settle(args)
     if args.manifests is not None:
         return NoEvents()
-    from pynet.sources.events import ApiEvents
+    from pynet.sources.apievents import ApiEvents
 
     return ApiEvents(_connection(args), component, node)
 

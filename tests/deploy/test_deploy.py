@@ -19,8 +19,8 @@ import yaml
 
 from apiserver import Server
 from pynet.objects import Ref
+from pynet.sources.apievents import ApiEvents
 from pynet.sources.credentials import Credentials
-from pynet.sources.events import ApiEvents
 from pynet.sources.flags import source_from
 from pynet.sources.transport import Transport
 
@@ -80,7 +80,7 @@ def asked(server: Server, name: str, kinds: set[str], also: set[str]) -> set[tup
     clock = iter(range(0, 9999, 700))  # far enough apart that a repetition is told: by a patch
     events = ApiEvents(Transport(Credentials(None, server.url)), name, "node1", clock=lambda: float(next(clock)))
     events.emit("A", "first", Ref("Service", "default", "a"))
-    events.emit("A", "again", Ref("Service", "default", "a"))
+    events.emit("A", "first", Ref("Service", "default", "a"))
     events.close()
     plurals = {resource for _, resource, _ in allowed(name)} - {"events"}
     wanted = {(plural, verb) for plural in plurals for verb in {"watch"} | also}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.cluster import KINDS
 from proxy.config import Settings
@@ -15,9 +16,8 @@ from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Drift, Written
 from proxy.plan import Family, Plan, PlanChange, ServerKey
 from proxy.snapshot import StateFile
-from pynet.objects import Object, Ref
+from pynet.objects import Object, Ref, Service
 from pynet.sources import Batch
-from pynet.sources.events import NoEvents
 from support.objects import piece, service
 
 
@@ -92,6 +92,7 @@ class Bench:
         self.recorder = Recorder()
         self.metrics = Metrics()
         self.announced = 0
+        self.told: list[tuple[str, str, str]] = []
         self.health = Health([Family.V4], 30, lambda: self.engine.cluster.node, clock=lambda: self.now)
         self.engine = Engine(
             Settings(node_name="n1"),
@@ -100,13 +101,20 @@ class Bench:
             KINDS,
             self.metrics,
             request=lambda: None,
-            events=NoEvents(),
+            events=self,
             health=self.health,
             followers=[self.recorder],
             snapshots=state,
             first_written=self._announce,
             clock=lambda: self.now,
         )
+
+    def emit(self, reason: str, message: str, about: Object | Ref | None = None, severity: str = "Warning") -> None:
+        assert isinstance(about, Service)
+        self.told.append((reason, about.metadata.name, about.metadata.uid))
+
+    def close(self) -> None:
+        """As an Event's way has it."""
 
     def _announce(self) -> None:
         self.announced += 1
@@ -139,6 +147,23 @@ def test_nothing_is_written_before_every_kind_was_delivered() -> None:
     assert bench.kernel.calls == ["sync"]
     assert bench.health.healthz().status == 200
     assert bench.announced == 1
+
+
+def test_events_on_a_service_carry_its_uid() -> None:
+    """`kubectl describe` asks for a Service's Events by its uid."""
+
+    def known(name: str, uid: str, *ports: dict[str, object]) -> Object:
+        made = service(name, "10.0.0.9", *ports)
+        return replace(made, metadata=replace(made.metadata, uid=uid))
+
+    bench = Bench()
+    bench.start(known("first", "1"), known("second", "2"), known("bad", "3"), known("worse", "4", {"port": 0}))
+    assert sorted(bench.told) == [
+        ("AddressInUse", "first", "1"),
+        ("AddressInUse", "second", "2"),
+        ("Quarantined", "bad", "3"),
+        ("Quarantined", "worse", "4"),
+    ]
 
 
 def test_an_empty_cluster_is_written_and_healthy_too() -> None:

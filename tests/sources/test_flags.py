@@ -12,8 +12,9 @@ import pytest
 
 from apiserver import Server
 from pynet.sources import Batch
+from pynet.sources.apievents import ApiEvents
 from pynet.sources.apiserver import ApiServer
-from pynet.sources.events import ApiEvents, NoEvents
+from pynet.sources.events import NoEvents
 from pynet.sources.flags import NoSource, add_source_flags, events_from, source_from
 from pynet.sources.manifests import Manifests
 
