@@ -13,6 +13,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from apiserver import services
+
 from .state import PodRecord
 
 Manifest = dict[str, Any]
@@ -55,11 +57,11 @@ def service_defaults(
     spec.setdefault("type", "ClusterIP")
     spec.setdefault("sessionAffinity", "None")
     spec.setdefault("internalTrafficPolicy", "Cluster")
+    for problem in services.problems(services.with_defaults(service), dict(existing) if existing else None):
+        raise BadManifest(f"Service {name}: {problem.field}: {problem.message}")
     if spec["type"] == "ExternalName":
         return {**service, "spec": spec}
-    if spec["type"] not in ("ClusterIP", "NodePort", "LoadBalancer"):
-        raise BadManifest(f"Service {name}: spec.type: {spec['type']!r} is not a type of Service")
-    spec["ports"] = [_port_defaults(name, index, port) for index, port in enumerate(spec.get("ports") or [])]
+    spec["ports"] = [{"protocol": "TCP", "targetPort": port["port"], **port} for port in spec.get("ports") or ()]
     _allocate_addresses(name, spec, old, others, ranges["services"], families)
     if spec["type"] != "ClusterIP":
         spec.setdefault("externalTrafficPolicy", "Cluster")
@@ -68,12 +70,6 @@ def service_defaults(
     if spec["type"] == "LoadBalancer" and not service.get("status"):
         result["status"] = (existing or {}).get("status") or _load_balancer(spec, others, ranges)
     return result
-
-
-def _port_defaults(name: str, index: int, port: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(port.get("port"), int):
-        raise BadManifest(f"Service {name}: spec.ports[{index}].port: expected a number, found {port.get('port')!r}")
-    return {"protocol": "TCP", "targetPort": port["port"], **port}
 
 
 def _allocate_addresses(

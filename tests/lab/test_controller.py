@@ -73,7 +73,9 @@ def test_no_two_services_share_an_address_or_a_node_port():
             "nodePort: 30000",
         ),
         (service(ipFamilies=["IPv6"]), [], "spec.ipFamilies: IPv6"),
-        (service(type="Server"), [], "spec.type: 'Server'"),
+        (service(type="Server"), [], 'spec.type: Unsupported value: "Server"'),
+        (service("Bad_Name"), [], "metadata.name: Invalid value"),
+        (service(ports=[{"port": 99999}]), [], r"spec.ports\[0\].port: Invalid value: 99999"),
         (service(ports=[{"port": "http"}]), [], r"spec.ports\[0\].port"),
     ],
 )
@@ -83,7 +85,10 @@ def test_what_the_api_would_refuse_is_refused_by_field(given, others, says):
 
 
 def test_the_same_node_port_may_serve_two_protocols():
-    ports = [{"port": 53, "nodePort": 30053}, {"port": 53, "protocol": "UDP", "nodePort": 30053}]
+    ports = [
+        {"name": "tcp", "port": 53, "nodePort": 30053},
+        {"name": "udp", "port": 53, "protocol": "UDP", "nodePort": 30053},
+    ]
     assert len(stored(service(type="NodePort", ports=ports))["spec"]["ports"]) == 2
 
 
