@@ -35,7 +35,11 @@ from pynet.kernel import netlink, netns, rtnl, sysctl
 def add(request: Request, environment: Mapping[str, str], context: Context, given: int) -> str:
     """Wire the pod; on any failure undo what was done. Return the result as text."""
     conf = netconf.parse(request.config, request.args, request.version)
-    with ctl.pod(request, given, needed=True) as pod_netns, ExitStack() as opened:
+    with (
+        ctl.turn(request, conf.state_dir),
+        ctl.pod(request, given, needed=True) as pod_netns,
+        ExitStack() as opened,
+    ):
         host = opened.enter_context(netlink.Socket())
         pod = opened.enter_context(ctl.inside(pod_netns))
         if rtnl.link_named(pod, request.ifname) is not None:
@@ -44,9 +48,9 @@ def add(request: Request, environment: Mapping[str, str], context: Context, give
             )
         adding = _Adding(request, conf, environment, context, host, pod, pod_netns)
         with adding.undo:
-            result = adding.run()
+            answer = spec.render(adding.run(), request.version)
             adding.undo.pop_all()
-    return spec.render(result, request.version)
+    return answer
 
 
 class _Adding:

@@ -31,6 +31,9 @@ from pynet.kernel import netlink, rtnl, sysctl
 def check(request: Request, environment: Mapping[str, str], context: Context, given: int) -> str:
     """Compare what the attachment should have with what it has; raise `CniError` for the first difference."""
     conf = netconf.parse(request.config, request.args, request.version)
+    before = conf.previous
+    if before is None:
+        raise CniError(spec.BAD_CONFIG, "field prevResult is missing: CHECK compares with what ADD returned")
     with (
         ctl.pod(request, given, needed=True) as pod_netns,
         netlink.Socket() as host,
@@ -38,11 +41,10 @@ def check(request: Request, environment: Mapping[str, str], context: Context, gi
     ):
         veth, end = links(request, conf, host, pod)
         _refuse(shaping.difference(host, veth, naming.ifb_link(request.container, request.ifname), conf.bandwidth))
-        previous(request, conf, end, host)
-        found = addresses(conf, end, pod)
-        ips = list(conf.previous.ips) if conf.previous else []
-        routes(conf, end, pod, ips)
-        _gateways(conf, host, gateways.addresses(ips))
+        interfaces(request, before, end, host)
+        found = addresses(before, end, pod)
+        routes(before, end, pod)
+        _gateways(conf, host, gateways.addresses(list(before.ips)))
         if vlan.wanted(conf):
             _refuse(vlan.difference(host, veth, conf))
     _rules(request, conf, [(str(address.ip), str(address.network)) for address in found], veth, end)
@@ -99,14 +101,12 @@ def links(request: Request, conf: NetConf, host: netlink.Socket, pod: netlink.So
     return veth, end
 
 
-def previous(request: Request, conf: NetConf, end: rtnl.Link, host: netlink.Socket) -> spec.Interface | None:
-    """Check the interfaces that prevResult lists against the kernel; return the pod's. Raise `CniError`."""
-    if conf.previous is None:
-        return None
-    ours = None
-    for interface in conf.previous.interfaces:
+def interfaces(request: Request, before: spec.Result, end: rtnl.Link, host: netlink.Socket) -> None:
+    """Check the interfaces that prevResult lists against the kernel. Raise `CniError`."""
+    ours = False
+    for interface in before.interfaces:
         if interface.sandbox and interface.name == request.ifname:
-            ours = interface
+            ours = True
             found: rtnl.Link | None = end
         elif not interface.sandbox:
             found = rtnl.link_named(host, interface.name)
@@ -119,21 +119,18 @@ def previous(request: Request, conf: NetConf, end: rtnl.Link, host: netlink.Sock
             raise fail(f"hardware address of {interface.name} is {found.mac}, expected {interface.mac}")
         if interface.mtu and found.mtu != interface.mtu:
             raise fail(f"MTU of {interface.name} is {found.mtu}, expected {interface.mtu}")
-    if ours is None:
+    if not ours:
         raise fail(f"prevResult has no interface {request.ifname} in the pod")
-    return ours
 
 
-def addresses(conf: NetConf, end: rtnl.Link, pod: netlink.Socket) -> list[wiring.IpInterface]:
+def addresses(before: spec.Result, end: rtnl.Link, pod: netlink.Socket) -> list[wiring.IpInterface]:
     """Check the pod's addresses against prevResult; return them. Raise `CniError`."""
-    if conf.previous is None:
-        return []
     wanted = []
     present = {ipaddress.ip_interface((a.packed, a.prefix)) for a in rtnl.addresses(pod, end.ifindex)}
-    count = len(conf.previous.interfaces)
-    for ip in conf.previous.ips:
+    count = len(before.interfaces)
+    for ip in before.ips:
         inside = ip.interface is not None and 0 <= ip.interface < count
-        if inside and conf.previous.interfaces[ip.interface or 0].name != end.name:
+        if inside and before.interfaces[ip.interface or 0].name != end.name:
             continue
         address = ipaddress.ip_interface(ip.address)
         if address not in present:
@@ -142,13 +139,11 @@ def addresses(conf: NetConf, end: rtnl.Link, pod: netlink.Socket) -> list[wiring
     return wanted
 
 
-def routes(conf: NetConf, end: rtnl.Link, pod: netlink.Socket, ips: list[spec.Ip]) -> None:
+def routes(before: spec.Result, end: rtnl.Link, pod: netlink.Socket) -> None:
     """Check the pod's routes against prevResult. Raise `CniError`."""
-    if conf.previous is None or not conf.previous.routes:
-        return
     present: dict[int, list[rtnl.Route]] = {}
-    for route in conf.previous.routes:
-        want = gateways.kernel_route(route, ips)
+    for route in before.routes:
+        want = gateways.kernel_route(route, list(before.ips))
         family = _socket.AF_INET if len(want.dst) == 4 else _socket.AF_INET6
         if family not in present:
             present[family] = rtnl.routes(pod, family)
@@ -175,7 +170,7 @@ def _gateways(conf: NetConf, host: netlink.Socket, wanted: list[wiring.IpInterfa
     for address in wanted:
         if address not in present:
             raise fail(f"gateway address {address} is missing on bridge {on}")
-    for version, name in ((4, "net/ipv4/ip_forward"), (6, "net/ipv6/conf/all/forwarding")):
+    for version, name in wiring.FORWARDING.items():
         if any(address.version == version for address in wanted) and sysctl.read(name) != "1":
             raise fail(f"the host does not forward IPv{version}: sysctl {name.replace('/', '.')} is not 1")
 

@@ -10,7 +10,13 @@ import sys
 ROOT = ""
 ONLY_IPAM = False
 STATE_DIR = b"/run/pynet"
-SERVE_IN_PROCESS = object()
+TAKEN, NOT_MINE = b".", b"-"
+"""The agent's first byte: it serves the call, or leaves it to us."""
+TAKING_SECONDS = 10
+"""An agent that has not taken a call by then hangs; it does not serve one whose caller has gone."""
+ANSWER_SECONDS = 150
+"""Longer than the longest that the agent waits for anything, an IPAM plugin (delegate.py)."""
+SERVE_IN_PROCESS, HANGS = object(), object()
 
 
 def main() -> int:
@@ -21,7 +27,7 @@ def main() -> int:
         return in_process(None)
     stdin = read_all(0)
     answer = from_agent(environment, stdin, state_dir(stdin))
-    return in_process(stdin, again=answer is None and command == b"ADD")
+    return in_process(stdin, again=answer is None and command == b"ADD", hangs=answer is HANGS)
 
 
 def state_dir(stdin: bytes) -> bytes:
@@ -37,7 +43,7 @@ def state_dir(stdin: bytes) -> bytes:
 
 
 def from_agent(environment: "dict[bytes, bytes]", stdin: bytes, folder: bytes) -> object:
-    """Pass on the agent's answer and end; SERVE_IN_PROCESS without an agent; None when it died."""
+    """Pass on the agent's answer and end; SERVE_IN_PROCESS without an agent, None when it died over the call."""
     agent = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         agent.connect(folder.rstrip(b"/") + b"/pynetd.sock")
@@ -49,33 +55,44 @@ def from_agent(environment: "dict[bytes, bytes]", stdin: bytes, folder: bytes) -
     try:
         netns = environment.get(b"CNI_NETNS")
         if netns:
-            fd = posix.open(netns, posix.O_RDONLY | posix.O_CLOEXEC)
+            fd = posix.open(netns, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
             rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))]
     except OSError:
         pass  # the agent names what is wrong with it
+    agent.settimeout(TAKING_SECONDS)
     try:
         sent = agent.sendmsg([message], rights)
         agent.sendall(message[sent:])
         agent.shutdown(_socket.SHUT_WR)
-        reply = b""
+        first = agent.recv(1)
+    except OSError:
+        first = b""
+    if first != TAKEN:
+        agent.close()
+        return SERVE_IN_PROCESS
+    agent.settimeout(ANSWER_SECONDS)
+    reply = b""
+    try:
         while chunk := agent.recv(1 << 16):
             reply += chunk
+    except TimeoutError:
+        return HANGS
     except OSError:
         return None
-    if reply[:1] == b"-":
-        return SERVE_IN_PROCESS
     if not reply:
         return None
     write_all(1, reply[1:])
     posix._exit(reply[0] - 48)  # taking the interpreter down in order costs more than all that was done here
 
 
-def in_process(stdin: "bytes | None", again: bool = False) -> int:
+def in_process(stdin: "bytes | None", again: bool = False, hangs: bool = False) -> int:
     """Serve the call here, with the same code as the agent."""
     if ROOT and ROOT not in sys.path:
         sys.path.insert(0, ROOT)
     from cni import plugin
 
+    if hangs:
+        return plugin.refuse(f"the agent has taken the call and not answered for {ANSWER_SECONDS} s")
     return plugin.run(only_ipam=ONLY_IPAM, stdin=stdin, again=again)
 
 

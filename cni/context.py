@@ -7,6 +7,7 @@ import time
 
 from cni.deletion import SharedDeletion
 from cni.ipam.store import Store
+from cni.ipam.survivors import survivors
 from cni.journal import Journal
 from pynet.kernel import netlink, rtnl
 
@@ -25,7 +26,7 @@ class Context:
         key = (data_dir, network)
         with self._lock:
             if key not in self._stores:
-                self._stores[key] = Store(data_dir, network)
+                self._stores[key] = Store(data_dir, network, lambda: survivors(network))
             return self._stores[key]
 
     def journal(self, state_dir: str) -> Journal:

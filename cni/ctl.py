@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cni import spec
+from cni import naming, spec
 from cni.spec import CniError, Request
 from pynet.kernel import netlink, netns
 
+_TURN_SECONDS = 60
 _KILL_AT = os.environ.get("PYNET_CNI_KILL_AT", "")
 
 
@@ -47,6 +51,37 @@ def pod(request: Request, given: int, *, needed: bool = False) -> Iterator[int]:
     finally:
         if fd >= 0 and fd != given:
             os.close(fd)
+
+
+@contextmanager
+def turn(request: Request, state_dir: str) -> Iterator[None]:
+    """Let one call at a time work on an attachment. Raise `CniError` 11 when another one does not come to its end.
+
+    The lock is a byte of one file, at a place of the attachment's own: it goes with its holder, and leaves nothing.
+    """
+    try:
+        os.makedirs(state_dir, mode=0o700, exist_ok=True)
+        fd = os.open(f"{state_dir}/attachments.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:  # where nothing can be written, no ADD comes far, and DEL removes what it can
+        yield
+        return
+    try:
+        place = naming.number(request.container, request.ifname) >> 2  # a file's offsets have 63 bits
+        lock = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+        deadline = time.monotonic() + _TURN_SECONDS
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CniError(
+                        spec.TRY_LATER, f"another call for {request.container}/{request.ifname} is still under way"
+                    ) from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
 
 
 def inside(fd: int) -> netlink.Socket:

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from cni import spec
 
@@ -19,16 +19,22 @@ class Damaged(Exception):
     """The file is no database of ours any more; the message names it."""
 
 
-class Database:
-    """A file with a schema. One instance serves many threads, one transaction at a time."""
+Fill = Callable[[sqlite3.Connection], None]
 
-    def __init__(self, path: str, schema: str, version: int) -> None:
+
+class Database:
+    """A file with a schema. One instance serves many threads, one transaction at a time.
+
+    `fill` puts into a new file what is known from elsewhere: the old one may have been removed while pods run.
+    """
+
+    def __init__(self, path: str, schema: str, version: int, fill: Fill = lambda _: None) -> None:
         self.path = path
         self._schema = schema
         self._version = version
+        self._fill = fill
         self._lock = threading.Lock()
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        self._lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock_fd = -1
         self._connection: sqlite3.Connection | None = None
         self._identity = (0, 0)
 
@@ -36,7 +42,9 @@ class Database:
         """Close file and lock."""
         with self._lock:
             self._disconnect()
-            os.close(self._lock_fd)
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
 
     def exists(self) -> bool:
         """Say whether there is a file; a reader need not make one."""
@@ -70,8 +78,8 @@ class Database:
             except sqlite3.DatabaseError as error:
                 raise Damaged(f"database {self.path}: {error}") from None
 
-    def rebuild(self, fill: Callable[[sqlite3.Connection], None]) -> None:
-        """Put a damaged file aside (as `….damaged`) and make one that `fill` fills; an intact file stays."""
+    def rebuild(self) -> None:
+        """Put a damaged file aside (as `….damaged`) and make one anew; an intact file stays."""
         with self._locked():
             self._disconnect()
             try:
@@ -81,17 +89,15 @@ class Database:
                 pass
             self._disconnect()
             with suppress(FileNotFoundError):
-                os.unlink(f"{self.path}-journal")
-            with suppress(FileNotFoundError):
                 os.replace(self.path, f"{self.path}.damaged")
-            db = self._open()
-            db.execute("BEGIN IMMEDIATE")
-            fill(db)
-            db.commit()
+            self._open()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._lock:
+            if self._lock_fd < 0:
+                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+                self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
             try:
                 yield
@@ -99,28 +105,41 @@ class Database:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def _open(self) -> sqlite3.Connection:
+        if not self.exists():
+            self._create()
         db = sqlite3.connect(self.path, timeout=20, isolation_level=None, check_same_thread=False)
         self._connection = db
         try:
-            os.chmod(self.path, 0o600)
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, self._version):
+            if version == 0:
+                raise Damaged(f"database {self.path} is empty, or holds another program's tables")
+            if version != self._version:
                 raise spec.CniError(
                     spec.IO_FAILURE, f"database {self.path} is of version {version}, this program knows {self._version}"
                 )
             db.execute("PRAGMA journal_mode = TRUNCATE")
             # a kill loses nothing without fsync; a power cut may, and then no pod is left that the loss could hurt
             db.execute("PRAGMA synchronous = OFF")
-            if version == 0:
-                if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    raise Damaged(f"database {self.path} holds another program's tables")
-                db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version}; COMMIT;")
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
             raise Damaged(f"database {self.path}: {error}") from None
         self._identity = _identity(self.path)
         return db
+
+    def _create(self) -> None:
+        """Make the file under another name, so that one without its tables is always a damaged one."""
+        draft = f"{self.path}.new"
+        for left in (draft, f"{draft}-journal", f"{self.path}-journal"):  # the old file's would be played into ours
+            with suppress(FileNotFoundError):
+                os.unlink(left)
+        with closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            os.chmod(draft, 0o600)
+            db.execute("PRAGMA synchronous = OFF")
+            db.executescript(f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version = {self._version};")
+            self._fill(db)
+            db.execute("COMMIT")
+        os.replace(draft, self.path)
 
     def _disconnect(self) -> None:
         if self._connection is not None:

@@ -137,7 +137,7 @@ class Journal:
             with self._db.transaction() as db:
                 return work(db)
         except Damaged:
-            self._db.rebuild(lambda _: None)
+            self._db.rebuild()
             with self._db.transaction() as db:
                 return work(db)
 

@@ -27,8 +27,17 @@ def ifb_link(container: str, ifname: str) -> str:
     return "ifbp" + _hash(container, ifname)
 
 
+def number(container: str, ifname: str) -> int:
+    """Return a number of 64 bits that is the attachment's own."""
+    return int.from_bytes(_digest(container, ifname), "big")
+
+
 def _hash(container: str, ifname: str) -> str:
-    return blake2b(f"{container}\0{ifname}".encode(errors="surrogateescape"), digest_size=8).hexdigest()[:11]
+    return _digest(container, ifname).hex()[:11]
+
+
+def _digest(container: str, ifname: str) -> bytes:
+    return blake2b(f"{container}\0{ifname}".encode(errors="surrogateescape"), digest_size=8).digest()
 
 
 def alias(mark: Mark) -> str:

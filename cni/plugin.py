@@ -38,3 +38,11 @@ def run(*, only_ipam: bool, stdin: bytes | None = None, again: bool = False) -> 
     context.close()
     os.write(1, answer.output.encode())
     return answer.code
+
+
+def refuse(message: str) -> int:
+    """Answer a call with an error for which trying later helps; return the exit code."""
+    from cni import spec
+
+    os.write(1, spec.CniError(spec.TRY_LATER, message).render(spec.NEWEST).encode())
+    return 1

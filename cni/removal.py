@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cni import ctl, delegate, journal, naming, netconf, ruleset, spec, wiring
 from cni.context import Context
@@ -27,18 +27,22 @@ class Attachment(NamedTuple):
         return ruleset.owner(self.network, self.container, self.ifname)
 
 
+T = TypeVar("T")
+
+
 class Failures:
     """Collects what goes wrong, so that the next step is tried all the same."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, Exception]] = []
 
-    def attempt(self, what: str, work: Callable[[], object]) -> None:
-        """Do `work`; a failure is kept under the name `what`."""
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """Do `work` and return what it returns; a failure is kept under the name `what`."""
         try:
-            work()
+            return work()
         except Exception as error:
             self.found.append((what, error))
+            return None
 
     def report(self, verb: str) -> None:
         """Raise one `CniError` that tells all failures."""
@@ -54,8 +58,8 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
     state_dir = netconf.state_dir(request.config)
     book = context.journal(state_dir)
     failures = Failures()
-    with ctl.pod(request, pod_netns) as pod, netlink.Socket() as host:
-        record = book.read(request.container, request.ifname)
+    with ctl.turn(request, state_dir), ctl.pod(request, pod_netns) as pod, netlink.Socket() as host:
+        record = failures.attempt("record", lambda: book.read(request.container, request.ifname))
         if record is not None and record.network != request.network:
             record = None  # another network's attachment under the same names is not ours to remove
         step("del-start")

@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from cni import verbs
+from cni.client import NOT_MINE, TAKEN
 from cni.context import AgentContext
 from pynet.kernel import netns
 
 SOCKET = "pynetd.sock"
-NOT_MINE = b"-"
 OnRequest = Callable[[str, int, float], None]
 """Told after each call: its verb, the exit code (0 is success), and the seconds it took."""
 
@@ -128,6 +128,7 @@ class Server:
                 if not ours:
                     connection.sendall(NOT_MINE)
                     return
+                connection.sendall(TAKEN)  # fails when the caller has given up and serves itself
                 program, environment, stdin = _request(message)
                 answer = verbs.serve(
                     environment, stdin, self._context,

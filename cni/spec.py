@@ -184,6 +184,8 @@ def request(environment: Mapping[str, str], stdin: bytes) -> Request:
         if not _CONTAINER.match(container):
             raise CniError(BAD_ENVIRONMENT, "invalid characters in containerID", f"CNI_CONTAINERID={container}")
         _check_ifname(ifname)
+        if not _is_unicode(environment.get("CNI_NETNS", "")):
+            raise CniError(BAD_ENVIRONMENT, "CNI_NETNS is no UTF-8 text", ascii(environment["CNI_NETNS"]))
     return Request(
         command=command,
         container=container,
@@ -200,7 +202,7 @@ def request(environment: Mapping[str, str], stdin: bytes) -> Request:
 def decode(stdin: bytes) -> dict[str, Any]:
     """Return the configuration on stdin. Raise `CniError` 6 when it is not a JSON object."""
     try:
-        config = json.loads(stdin)
+        config = json.loads(stdin.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CniError(DECODING, f"the configuration on stdin is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -251,7 +253,10 @@ def arguments(value: str) -> dict[str, str]:
 
 def known_arguments(args: Mapping[str, str], known: tuple[str, ...]) -> None:
     """Refuse unknown CNI_ARGS unless IgnoreUnknown is set. Raise `CniError` 4."""
-    if args.get("IgnoreUnknown", "").lower() in ("1", "true"):
+    ignore = args.get("IgnoreUnknown", "0").lower()
+    if ignore not in ("0", "1", "false", "true"):
+        raise CniError(BAD_ENVIRONMENT, f"CNI_ARGS: IgnoreUnknown is {ignore!r}, expected 1, true, 0 or false")
+    if ignore in ("1", "true"):
         return
     unknown = [key for key in args if key not in (*known, "IgnoreUnknown")]
     if unknown:
@@ -260,14 +265,28 @@ def known_arguments(args: Mapping[str, str], known: tuple[str, ...]) -> None:
 
 def _check_ifname(name: str) -> None:
     said = ""
+    if not _is_unicode(name):
+        raise CniError(BAD_ENVIRONMENT, "interface name is no UTF-8 text", f"CNI_IFNAME={name!a}")
     if len(name.encode(errors="surrogateescape")) > 15:
         said = "interface name is too long: at most 15 characters"
     elif name in (".", ".."):
         said = "interface name is . or .."
     elif any(char in "/:" or char.isspace() for char in name):
         said = "interface name contains / or : or whitespace characters"
+    elif "%" in name:
+        said = "interface name contains %, for which the kernel would put a number"
     if said:
         raise CniError(BAD_ENVIRONMENT, said, f"CNI_IFNAME={name}")
+
+
+def _is_unicode(value: str) -> bool:
+    """Say whether a variable of the environment was UTF-8: what was not, is there as lone surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python's decoder knows and JSON does not."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _refuse_unprintable(value: str) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from cni import adding, check, ctl, delegate, netconf, removal, spec, vlan, wiring
+from cni import adding, check, ctl, readiness, removal, spec
 from cni.context import Context
+from cni.database import Damaged
 from cni.ipam import verbs as ipam
 from cni.spec import CniError, Request
-from pynet.kernel import netlink, nftables, rtnl
+from pynet.kernel import netlink, nftables
 
 
 class Answer(NamedTuple):
@@ -40,7 +40,7 @@ def serve(
         return _failed(spec.FAILED, str(error.strerror), environment, version)
     except nftables.NftError as error:
         return _failed(spec.FAILED, f"nftables: {ctl.said(error)}", environment, version)
-    except OSError as error:
+    except (Damaged, OSError) as error:
         return _failed(spec.IO_FAILURE, str(error), environment, version)
     except Exception as error:  # the runtime must get an answer it can read, whatever is wrong with us
         import traceback
@@ -76,47 +76,10 @@ def _serve_ipam(request: Request, context: Context) -> str:
     return ""
 
 
-def status(request: Request, environment: Mapping[str, str], context: Context, pod_netns: int) -> str:
-    """Say by success that an ADD could be served now. Raise `CniError` 50 for what stands in its way."""
-    del pod_netns
-    try:
-        conf = netconf.parse(request.config, request.args, request.version)
-    except CniError as error:
-        raise CniError(spec.CANNOT_ADD, f"STATUS: {error.message}", error.details) from None
-    with netlink.Socket() as host:
-        bridge = rtnl.link_named(host, conf.bridge)
-        if bridge is not None:
-            if bridge.kind != "bridge":
-                raise CniError(spec.CANNOT_ADD, f"STATUS: field bridge: {conf.bridge} is not a bridge")
-            ports = len(rtnl.links(host, master=bridge.ifindex))
-            if ports >= wiring.BRIDGE_PORTS:
-                raise CniError(
-                    spec.CANNOT_ADD, f"STATUS: bridge {conf.bridge} is full",
-                    f"{ports} of at most {wiring.BRIDGE_PORTS} ports of a Linux bridge are in use",
-                )  # fmt: skip
-            if vlan.wanted(conf) and bridge.vlan_filtering is None:
-                raise CniError(
-                    spec.CANNOT_ADD, "STATUS: fields vlan and vlanTrunk: this kernel's bridge cannot filter VLANs",
-                    "it is built without CONFIG_BRIDGE_VLAN_FILTERING",
-                )  # fmt: skip
-    if (conf.ip_masq or conf.mac_spoof_check) and not _has_nft(environment):
-        raise CniError(spec.CANNOT_ADD, "STATUS: the program nft is missing: install the package nftables")
-    if conf.ipam_type == ipam.TYPE:
-        ipam.status(request, context)
-    elif conf.ipam_type:
-        delegate.run("STATUS", request, conf.ipam_type, environment)
-    return ""
-
-
-def _has_nft(environment: Mapping[str, str]) -> bool:
-    folders = environment.get("PATH", os.defpath).split(":")
-    return any(os.access(f"{folder}/nft", os.X_OK) for folder in folders)
-
-
 _VERBS: dict[str, Callable[[Request, Mapping[str, str], Context, int], str]] = {
     "ADD": adding.add,
     "DEL": removal.delete,
     "CHECK": check.check,
     "GC": removal.collect,
-    "STATUS": status,
+    "STATUS": readiness.status,
 }

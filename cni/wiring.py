@@ -18,6 +18,9 @@ EXFULL = 54
 BRIDGE_PORTS = 1023
 """The most ports a Linux bridge has (BR_MAX_PORTS, 10 bits of port number)."""
 
+FORWARDING = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
+"""The sysctl of each family that makes the host forward."""
+
 _SETTLE_SECONDS = 5.0
 """How long an address may stay tentative, or a port not forwarding, before ADD fails or gives up waiting."""
 
@@ -122,10 +125,8 @@ def remove_addresses(host: netlink.Socket, ifindex: int, addresses: list[IpInter
 
 def enable_forwarding(families: set[int]) -> None:
     """Make the host forward packets of these families (4, 6)."""
-    if 4 in families:
-        sysctl.write("net/ipv4/ip_forward", 1)
-    if 6 in families:
-        sysctl.write("net/ipv6/conf/all/forwarding", 1)
+    for family in families:
+        sysctl.write(FORWARDING[family], 1)
 
 
 def _excludes(other: IpInterface, address: IpInterface) -> bool:

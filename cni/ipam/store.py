@@ -69,6 +69,8 @@ class Held(NamedTuple):
 
 
 Gone = Callable[[Owner], bool]
+Survivors = Callable[[], Iterable[tuple[Owner, list[tuple[int, int]]]]]
+"""Who has an address without any file's knowing: owners and their addresses as (family, number)."""
 
 
 def never(_: Owner) -> bool:
@@ -76,12 +78,24 @@ def never(_: Owner) -> bool:
     return False
 
 
+def nobody() -> tuple[()]:
+    """Return no survivors."""
+    return ()
+
+
 class Store:
     """The reservations of one network. One instance serves many threads. Methods raise `CniError` and `Damaged`."""
 
-    def __init__(self, data_dir: str, network: str) -> None:
+    def __init__(self, data_dir: str, network: str, survivors: Survivors = nobody) -> None:
         self.path = f"{data_dir}/{network}.db"
-        self._db = Database(self.path, _SCHEMA, _VERSION)
+
+        def fill(db: sqlite3.Connection) -> None:
+            for owner, addresses in survivors():
+                for family, number in addresses:
+                    with suppress(sqlite3.IntegrityError):
+                        _insert(db, family, number, owner, owner.at)
+
+        self._db = Database(self.path, _SCHEMA, _VERSION, fill)
 
     def close(self) -> None:
         """Close file and lock."""
@@ -169,16 +183,9 @@ class Store:
         """Say whether the file was last written before the machine started."""
         return os.path.getmtime(self.path) < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
-    def rebuild(self, survivors: Iterable[tuple[Owner, list[tuple[int, int]]]]) -> None:
-        """Put the damaged file aside and make one that knows the `survivors`: owners and their (family, number)s."""
-
-        def fill(db: sqlite3.Connection) -> None:
-            for owner, addresses in survivors:
-                for family, number in addresses:
-                    with suppress(sqlite3.IntegrityError):
-                        _insert(db, family, number, owner, owner.at)
-
-        self._db.rebuild(fill)
+    def rebuild(self) -> None:
+        """Put the damaged file aside and make one that knows the survivors."""
+        self._db.rebuild()
 
     def _forget_earlier(self, db: sqlite3.Connection, owner: Owner, now: float, gone: Gone) -> None:
         """Release what the same attachment held before, if that is over; refuse if it is not. Raise `CniError`."""

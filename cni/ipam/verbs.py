@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -18,6 +20,7 @@ TYPE = ranges.TYPE
 MAIN_TYPE = "pynet-cni"
 T = TypeVar("T")
 
+_RESOLVER_BYTES = 1 << 20
 _LINGER_SECONDS = 2.0
 """How long the kernel may take to remove the links of a namespace that is gone before its addresses stay taken."""
 
@@ -53,20 +56,23 @@ def delete(request: spec.Request, context: Context) -> list[Held]:
 
 def held(request: spec.Request, context: Context) -> list[str]:
     """Return the addresses that the attachment holds."""
-    return [one.address for one in _store(request, context).held(request.container, request.ifname)]
+    store = _store(request, context)
+    found = repaired(request, store, lambda: store.held(request.container, request.ifname))
+    return [one.address for one in found]
 
 
 def confirmed(request: spec.Request, context: Context) -> bool:
     """Say whether the attachment's reservation is still written where it was; cheap while the file is the same."""
     store = _store(request, context)
-    return store.unchanged() or bool(store.held(request.container, request.ifname))
+    return store.unchanged() or bool(held(request, context))
 
 
 def check(request: spec.Request, context: Context) -> None:
     """Raise `CniError` unless the attachment holds exactly the addresses that prevResult, if given, lists."""
     conf = parse(request)
     store = context.store(conf.data_dir, conf.network)
-    held = {one.address for one in store.held(request.container, request.ifname)}
+    reserved = repaired(request, store, lambda: store.held(request.container, request.ifname))
+    held = {one.address for one in reserved}
     if not held:
         raise spec.CniError(
             spec.FAILED, f"IPAM: no address is reserved for {request.container}/{request.ifname} in {conf.network}"
@@ -83,18 +89,33 @@ def check(request: spec.Request, context: Context) -> None:
 def status(request: spec.Request, context: Context) -> None:
     """Raise `CniError` 50 when a range set has no address left, after reclaiming what dead pods hold."""
     conf = parse(request)
+    resolver(conf.resolv_conf)
     store = context.store(conf.data_dir, conf.network)
-    free = [store.free(one) for one in conf.sets]
-    if min(free) == 0:
+    if min(_free(request, store, conf)) == 0:
         _await_links(store)
-        repaired(request, store, lambda: store.release_where(gone_of(context), context.now()))
-        free = [store.free(one) for one in conf.sets]
+        store.release_where(gone_of(context), context.now())
+    free = _free(request, store, conf)
     if min(free) == 0:
-        spans = [
-            f"{shown(one)}: {count} of {allocator.capacity(one)} addresses free"
-            for one, count in zip(conf.sets, free, strict=True)
-        ]
-        raise spec.CniError(spec.CANNOT_ADD, f"no IP addresses available in network {conf.network}", "; ".join(spans))
+        raise spec.CniError(
+            spec.CANNOT_ADD, f"no IP addresses available in network {conf.network}", _counted(conf, free)
+        )
+
+
+def free_addresses(request: spec.Request, context: Context) -> str:
+    """Return how many addresses of each range set are free, as text. Raise `CniError`."""
+    conf = parse(request)
+    return _counted(conf, _free(request, context.store(conf.data_dir, conf.network), conf))
+
+
+def _free(request: spec.Request, store: Store, conf: ranges.IpamConf) -> list[int]:
+    return repaired(request, store, lambda: [store.free(one) for one in conf.sets])
+
+
+def _counted(conf: ranges.IpamConf, free: list[int]) -> str:
+    return "; ".join(
+        f"{shown(one)}: {count} of {allocator.capacity(one)} addresses free"
+        for one, count in zip(conf.sets, free, strict=True)
+    )
 
 
 def collect(request: spec.Request, context: Context, valid: set[tuple[str, str]] | None) -> list[Held]:
@@ -135,20 +156,8 @@ def repaired(request: spec.Request, store: Store, work: Callable[[], T]) -> T:
                 spec.IO_FAILURE, f"IPAM: {damage}",
                 "it cannot be rebuilt under this main plugin: remove the file when no pod of this network runs",
             ) from None  # fmt: skip
-        store.rebuild(_survivors(request.network))
+        store.rebuild()
         return work()
-
-
-def _survivors(network: str) -> list[tuple[Owner, list[tuple[int, int]]]]:
-    """Return the owners of addresses that the links of running pods tell."""
-    found: list[tuple[Owner, list[tuple[int, int]]]] = []
-    with netlink.Socket() as host:
-        for link in rtnl.links(host, kind="veth"):
-            mark = naming.mark(link.alias)
-            if mark is not None and mark.network == network:
-                addresses = [ipaddress.ip_address(text) for text in mark.addresses]
-                found.append((Owner(mark.container, mark.ifname), [(int(a.version), int(a)) for a in addresses]))
-    return found
 
 
 def gone_of(context: Context) -> Callable[[Owner], bool]:
@@ -189,11 +198,18 @@ def resolver(path: str) -> spec.Dns:
     if not path:
         return spec.Dns()
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise spec.CniError(spec.IO_FAILURE, f"field ipam.resolvConf: {path}: {error.strerror}") from None
-    return resolver_of(lines)
+        with open(path, "rb", opener=_without_waiting) as file:
+            content = file.read(_RESOLVER_BYTES) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise spec.CniError(spec.IO_FAILURE, f"field ipam.resolvConf: {path}: {said}") from None
+    if content is None:
+        raise spec.CniError(spec.IO_FAILURE, f"field ipam.resolvConf: {path} is not a file")
+    return resolver_of(content.decode(errors="replace").splitlines())
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
 def resolver_of(lines: Iterable[str]) -> spec.Dns:

@@ -21,7 +21,7 @@ Identity = tuple[int, int]
 
 def open_path(path: str) -> int:
     """Return a file descriptor of the namespace at `path`. Raise `OSError`; EINVAL when the file is no namespace."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe would wait for its writer
     if not is_netns(fd):
         os.close(fd)
         raise OSError(22, f"{path}: not a network namespace")

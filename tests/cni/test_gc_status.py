@@ -116,6 +116,29 @@ def test_status_counts_addresses(runtime: Runtime, netns: Names) -> None:
     assert runtime.call("STATUS", conf) == {}
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ("ip link set cni0 down", "bridge cni0 is down"),
+        ("sysctl -qw net.ipv4.ip_forward=0", "does not forward IPv4"),
+        ("ip link del cni0", "bridge cni0 is missing"),
+    ],
+)
+def test_status_tells_when_running_pods_suffer(runtime: Runtime, netns: Names, spoil: str, words: str) -> None:
+    conf = runtime.conf(isGateway=True, ipam=SMALL)
+    pod = Pod(runtime, netns("pod"))
+    pod.add(conf)
+    assert runtime.call("STATUS", conf) == {}
+    runtime.host.run(*spoil.split())
+    with pytest.raises(CniFailure) as told:
+        runtime.call("STATUS", conf)
+    assert told.value.code == 51
+    assert words in told.value.message
+    assert "10.9.0.1-10.9.0.6: 4 of 5 addresses free" in told.value.details
+    pod.ns.close()
+    assert runtime.call("STATUS", conf) == {}, "nobody suffers any more, and an ADD sets it right"
+
+
 @pytest.mark.parametrize("keys", [{"vlan": 5000}, {"ipam": {"type": "nobody"}}, {"ipam": {"type": "pynet-ipam"}}])
 def test_status_tells_what_add_would(runtime: Runtime, keys: dict[str, Any]) -> None:
     with pytest.raises(CniFailure) as told:

@@ -182,7 +182,7 @@ def test_counts_for_the_metrics(store: Store) -> None:
     assert store.counts() == (0, 5)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "torn", "foreign"])
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "torn", "foreign", "empty"])
 def test_a_damaged_file_is_told_and_rebuilt_from_survivors(store: Store, tmp_path: Path, damage: str) -> None:
     for name in "abc":
         take(store, name)
@@ -193,18 +193,27 @@ def test_a_damaged_file_is_told_and_rebuilt_from_survivors(store: Store, tmp_pat
         path.unlink()
         sqlite3.connect(path).executescript("CREATE TABLE mine (x); INSERT INTO mine VALUES (1);").close()
     else:
-        path.write_bytes(
-            {"garbage": os.urandom(5000), "truncated": whole[:3000], "torn": whole[:4096] + b"\0" * 9000}[damage]
-        )
-    fresh = Store(str(tmp_path), "net")
+        torn = whole[:4096] + b"\0" * 9000
+        left = {"garbage": os.urandom(5000), "truncated": whole[:3000], "torn": torn, "empty": b""}
+        path.write_bytes(left[damage])
+    survivors = [(owner("a"), [(4, int.from_bytes(bytes((10, 0, 0, 2)), "big"))]), (owner("c"), [(4, 0x0A000004)])]
+    fresh = Store(str(tmp_path), "net", lambda: survivors)
     with pytest.raises(database.Damaged) as told:
         take(fresh, "d")
     assert "net.db" in str(told.value)
-    survivors = [(owner("a"), [(4, int.from_bytes(bytes((10, 0, 0, 2)), "big"))]), (owner("c"), [(4, 0x0A000004)])]
-    fresh.rebuild(survivors)
+    fresh.rebuild()
     assert sorted(one.address for one in fresh.all()) == ["10.0.0.2", "10.0.0.4"]
     assert take(fresh, "d") == ["10.0.0.3"]
     assert (tmp_path / "net.db.damaged").exists()
+
+
+def test_a_file_that_is_gone_is_filled_from_survivors(tmp_path: Path) -> None:
+    """ "Empty /var/lib/cni/networks" is what operators are told: the pods that run meanwhile keep their addresses."""
+    store = Store(str(tmp_path), "net", lambda: [(owner("a"), [(4, 0x0A000002)])])
+    assert take(store, "b") == ["10.0.0.3"]
+    (tmp_path / "net.db").unlink()
+    assert take(store, "c") == ["10.0.0.3"]
+    assert [one.owner.container for one in store.all()] == ["a", "c"]
 
 
 def test_a_file_that_is_replaced_is_opened_anew(store: Store, tmp_path: Path) -> None:
