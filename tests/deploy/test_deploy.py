@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pynet.sources.apievents import ApiEvents
 from pynet.sources.credentials import Credentials
 from pynet.sources.flags import source_from
 from pynet.sources.transport import Transport
+from sources import recorded
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -161,6 +163,77 @@ def test_one_command_deploys_all_of_it(tmp_path: Path) -> None:
         kubectl("delete", "-k", str(DEPLOY))
 
 
+def discovered() -> dict[tuple[str, str], tuple[str, set[str]]]:
+    """Return what a real server serves: group and resource → kind with its version, and the verbs."""
+    found: dict[tuple[str, str], tuple[str, set[str]]] = {}
+    for name in ("discovery-aggregated-api", "discovery-aggregated-apis"):
+        for group in recorded.answer(name)["body"]["items"]:
+            named = group["metadata"].get("name", "")
+            for version in group["versions"]:
+                prefix = f"{named}/{version['version']}" if named else version["version"]
+                for each in version["resources"]:
+                    kind = f"{prefix} {each['responseKind']['kind']}"
+                    found.setdefault((named, each["resource"]), (kind, set(each["verbs"])))
+    return found
+
+
+def test_a_real_server_serves_all_that_is_deployed_and_allowed() -> None:
+    served = discovered()
+    kinds = {kind for kind, _ in served.values()}
+    names = [path.name for path in DEPLOY.glob("*.yaml") if path.name != "kustomization.yaml"]
+    assert {f"{each['apiVersion']} {each['kind']}" for name in names for each in documents(name)} <= kinds
+    for group, resource, verb in allowed("pyproxy") | allowed("pynetd"):
+        assert verb in served[group, resource][1], (group, resource, verb)
+
+
+def instructions() -> list[list[str]]:
+    """Return the Dockerfile's instructions, in words."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", text)).splitlines()
+    return [line.split() for line in lines if line.strip()]
+
+
+def test_the_image_is_built_from_what_is_copied_into_it(tmp_path: Path) -> None:
+    """Without the network: pip builds the wheel from the copied files alone, by the build back end of the lock file."""
+    copied = [words[1:-1] for words in instructions() if words[0] == "COPY" and not words[1].startswith("--from")]
+    for name in (name for names in copied for name in names):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tmp_path / "src").mkdir(exist_ok=True)
+            shutil.copy2(source, tmp_path / "src" / name)
+    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=tmp_path / "src", capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        inside = set(wheel.namelist())
+        (entries,) = [wheel.read(name).decode() for name in inside if name.endswith("entry_points.txt")]
+    modules = {str(path.relative_to(ROOT)) for top in ("pynet", "cni", "proxy") for path in (ROOT / top).rglob("*.py")}
+    assert modules <= inside
+    for name in ("pynetd", "pyproxy"):
+        assert container(name)["command"] == [name]
+        assert f"{name} = " in entries
+    lock = (ROOT / "requirements.lock").read_text()
+    wanted = yaml.safe_load(re.findall(r"(?m)^requires = (.*)$", (ROOT / "pyproject.toml").read_text())[0])
+    assert all(re.search(rf"(?m)^{name}==", lock) for name in wanted)
+
+
+def test_the_image_has_what_is_executed() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    for path in re.findall(r"(?<!/)deploy/\S+/\S+", text):
+        assert (ROOT / path).is_file() and os.access(ROOT / path, os.X_OK), path
+    (install,) = documents("pynetd.yaml")[0]["spec"]["template"]["spec"]["initContainers"]
+    for word in install["command"][:2]:
+        assert re.search(rf"deploy/runtime/\S+ (\S+ )?{word}\b", text), word
+    last = text[text.rindex("FROM ") :]
+    tools = " ".join(path.read_text() for path in (ROOT / "pynet/kernel").glob("*.py"))
+    for package, tool in {"iptables": "-restore", "nftables": '["nft"', "ipset": '["ipset"'}.items():
+        assert tool in tools, tool
+        assert f" {package} " in last, package
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 @pytest.mark.parametrize("name", ["pyproxy", "pynetd"])
 def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
@@ -169,6 +242,9 @@ def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
     unit.write_text(re.sub(r"/opt/pynet/venv/bin/\S+", "/bin/true", text))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    words = ["systemd-analyze", "security", "--offline=true", "--threshold=50", unit]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture(scope="module")
