@@ -113,7 +113,9 @@ def checked(settings: Settings) -> Settings:
             raise ConfigError(f"{flag}: {name!r} is no name of an interface (at most 15 characters)")
     if not 0 <= settings.masquerade_bit <= 31:
         raise ConfigError(f"--iptables-masquerade-bit: expected 0 to 31, found {settings.masquerade_bit}")
-    if settings.min_sync_seconds > settings.sync_seconds > 0:
+    if settings.sync_seconds <= 0:
+        raise ConfigError("--iptables-sync-period: must be above 0")
+    if settings.min_sync_seconds > settings.sync_seconds:
         raise ConfigError("--iptables-min-sync-period: must not be longer than --iptables-sync-period")
     if settings.bind_address and canonical_address(settings.bind_address) is None:
         raise ConfigError(f"--bind-address: {settings.bind_address!r} is no IP address")

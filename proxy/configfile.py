@@ -184,8 +184,9 @@ def settings_of(document: Document) -> dict[str, Any]:
         "masquerade_all": rules.masquerade_all,
         "masquerade_bit": rules.masquerade_bit,
         "localhost_node_ports": iptables.localhost_node_ports,
-        "sync_seconds": _seconds("syncPeriod", own.sync_period),
-        "min_sync_seconds": _seconds("minSyncPeriod", own.min_sync_period),
+        # kubeadm writes 0s for every period; kube-proxy takes that for the default
+        "sync_seconds": _seconds("syncPeriod", own.sync_period) or None,
+        "min_sync_seconds": _seconds("minSyncPeriod", own.min_sync_period) or None,
         "oom_score_adj": document.oom_score_adj,
         "conntrack.max_per_core": conntrack.max_per_core,
         "conntrack.min": conntrack.min,

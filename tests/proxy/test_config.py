@@ -97,6 +97,7 @@ def test_flags_of_kube_proxy_without_meaning_are_accepted(flag: str) -> None:
         (["--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix", 'x" -j ACCEPT'], "interface"),
         (["--iptables-backend=bpf"], "--iptables-backend"),
         (["--bind-address=host"], "--bind-address"),
+        (["--iptables-sync-period=0s"], "--iptables-sync-period"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], said: str) -> None:
@@ -114,6 +115,12 @@ def test_kubeadms_file_is_taken_and_flags_win(tmp_path: Path) -> None:
     assert (found.healthz_bind, found.mode, found.ipvs.strict_arp) == ("0.0.0.0:10256", "iptables", True)
     args, _ = flags.parse(["--config", str(file), "--hostname-override", "n1"])
     assert str(args.kubeconfig) == "/var/lib/kube-proxy/kubeconfig.conf"
+    file.write_text(KUBEADM.replace("minSyncPeriod: 2s, syncPeriod: 1m0s", "minSyncPeriod: 0s, syncPeriod: 0s"))
+    _, untouched = flags.parse(["--config", str(file), "--hostname-override", "n1"])
+    assert (untouched.sync_seconds, untouched.min_sync_seconds) == (
+        Settings().sync_seconds,
+        Settings().min_sync_seconds,
+    )
 
 
 @pytest.mark.parametrize(
