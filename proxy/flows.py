@@ -8,6 +8,7 @@ SCTP flows of a removed endpoint are kept, reset, or kept for a while, as the Se
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -17,13 +18,14 @@ from proxy.cluster import Cluster
 from proxy.metrics import Metrics
 from proxy.plan import Family, Plan, PlanChange, ServerKey, VirtualServer
 from pynet.daemon import logs
-from pynet.kernel import conntrack
+from pynet.kernel import conntrack, netlink, rtnl
 from pynet.kernel.conntrack import Flow
 
 log = logs.get(__name__)
 Backend = tuple[str, int]
 Claim = tuple[str, str, int]  # protocol, address (empty: a node port), port
 _VERSIONS = {Family.V4: 4, Family.V6: 6}
+_SOCKET_FAMILIES = {Family.V4: socket.AF_INET, Family.V6: socket.AF_INET6}
 _NOBODY: frozenset[Backend] = frozenset()
 
 
@@ -122,7 +124,6 @@ class Cleaner:
         self._drains: list[Drain] = []
         self._plans: dict[Family, Plan] = {}
         self._unfinished: dict[Family, dict[Claim, Watch]] = {}
-        self._addresses: frozenset[str] = frozenset()
 
     def follow(self, cluster: Cluster, changes: Sequence[PlanChange], services: Collection[str]) -> None:  # noqa: ARG002
         """Remove what `changes` made stale."""
@@ -133,13 +134,12 @@ class Cleaner:
             watches = self._unfinished.pop(family, {}) | udp_watches(change)
             if watches:
                 self._unfinished[family] = watches
-        self._addresses = _node_addresses(cluster)
         self.tick(self._clock())
 
     def tick(self, now: float) -> None:
         """Remove the flows whose time has come, and those that could not be removed before."""
         for family, waiting in list(self._unfinished.items()):
-            if self._remove(family, {"UDP"}, waiting, self._addresses):
+            if self._remove(family, {"UDP"}, waiting):
                 del self._unfinished[family]
         due = [drain for drain in self._drains if drain.due <= now]
         if not due:
@@ -156,13 +156,12 @@ class Cleaner:
                         known = watches[claim].known if claim in watches else _NOBODY
                         watches[claim] = Watch(known=known | gone, only_known=True)
             if watches:
-                self._remove(family, protocols, watches, ())
+                self._remove(family, protocols, watches)
 
-    def _remove(
-        self, family: Family, protocols: Collection[str], watches: dict[Claim, Watch], addresses: Collection[str]
-    ) -> bool:
+    def _remove(self, family: Family, protocols: Collection[str], watches: dict[Claim, Watch]) -> bool:
         began = self._clock()
         try:
+            addresses = node_addresses(family) if any(not address for _, address, _ in watches) else ()
             gone = stale(conntrack.flows(protocols, _VERSIONS[family]), watches, addresses)
             count = conntrack.delete(gone) if gone else 0
         except OSError as error:
@@ -178,6 +177,8 @@ class Cleaner:
         return True
 
 
-def _node_addresses(cluster: Cluster) -> frozenset[str]:
-    node = cluster.node
-    return frozenset(entry.address for entry in (node.status.addresses if node and node.status else None) or ())
+def node_addresses(family: Family) -> frozenset[str]:
+    """Return every address of this network namespace: node ports answer on more than the Node object names."""
+    kind = _SOCKET_FAMILIES[family]
+    with netlink.Socket() as sock:
+        return frozenset(socket.inet_ntop(kind, address.packed) for address in rtnl.all_addresses(sock, kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -10,10 +11,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from proxy.cluster import Cluster
+from proxy.flows import Cleaner
+from proxy.metrics import Metrics
 from proxy.plan import Endpoint, Family, Plan, PlanChange
 from support.modes import KERNEL_MODES, made
 from support.netns import Names
-from support.plans import cluster_ip, node_port, plan, server
+from support.plans import REJECT, cluster_ip, node_port, plan, server
 from support.servicenet import Answer, ServiceNet, inside
 
 pytestmark = pytest.mark.root
@@ -27,6 +31,7 @@ def net() -> Iterator[ServiceNet]:
         built = ServiceNet(names)
         for host in ("pod1", "pod2", "far"):
             built.servers.add(built[host], host, 8080)
+            built.servers.add(built[host], host, 8080, "UDP")
         built.servers.start()
         yield built
     finally:
@@ -75,6 +80,55 @@ class Load:
         self._thread.join()
         failed = [answer for answer in self.answers if answer.server not in ("pod1", "pod2", "far")]
         assert not failed, f"{len(failed)} of {len(self.answers)}: {failed[:3]}"
+
+
+class Datagrams:
+    """Sockets that send to the UDP Service without pause, each from one port: a pod's, the node's, the outside's."""
+
+    def __init__(self, net: ServiceNet) -> None:
+        self._stop = threading.Event()
+        self._sockets = []
+        for client, address, port in (
+            ("pod2", "10.96.0.5", 53),
+            ("node", "10.96.0.5", 53),
+            ("outside", net["node"].v4, 30053),
+        ):
+            with inside(net[client].namespace):
+                made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            made.connect((address, port))
+            made.settimeout(10)
+            self._sockets.append(made)
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._send()
+
+    def _send(self) -> None:
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # refused: it goes on
+                each.send(b"?")
+            self._stop.wait(0.0005)
+
+    def __enter__(self) -> Datagrams:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for each in self._sockets:
+            each.close()
+
+    def expect(self, server: str) -> None:
+        """Wait until `server` answers each socket: after what was under way (a full buffer), nobody else may."""
+        for each in self._sockets:
+            for _ in range(2000):
+                with contextlib.suppress(ConnectionRefusedError, PermissionError):
+                    if each.recv(200).decode().split()[0] == server:
+                        break
+            else:
+                raise AssertionError(f"{each.getsockname()} to {each.getpeername()}: not answered by {server}")
 
 
 @contextmanager
@@ -151,6 +205,35 @@ def test_a_rolling_replacement_costs_no_connection(net: ServiceNet, name: str) -
                 so_far = len(load.answers)
                 load.more(9)
                 assert {answer.server for answer in load.answers[so_far:]} <= set(hosts)
+                now = then
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("name", KERNEL_MODES)
+def test_a_client_that_never_stops_sending_datagrams_follows_the_endpoints(net: ServiceNet, name: str) -> None:
+    """Each port of a client is one tracked flow: what it meets after the write must not be what it met before."""
+
+    def dns(*hosts: str) -> Plan:
+        endpoints = tuple(sorted(Endpoint(net[host].v4, 8080, host != "far") for host in hosts))
+        frontends = (cluster_ip("10.96.0.5", 53), node_port(30053))
+        if not hosts:
+            frontends = (cluster_ip("10.96.0.5", 53, REJECT, REJECT, REJECT), node_port(30053, REJECT, REJECT, REJECT))
+        return plan(server("a/dns", *frontends, cluster=endpoints, protocol="UDP"))
+
+    cleaner = Cleaner(Metrics())
+    now = dns("pod1")
+    with inside(net.node):
+        mode = made(name)
+        mode.sync([now])
+        with Datagrams(net) as clients:
+            clients.expect("pod1")
+            for hosts in [("far",), ("pod1",), (), ("far",), ("far", "pod1"), ("pod1",), None, ("far",)]:
+                then = plan() if hosts is None else dns(*hosts)
+                change = PlanChange(now, then, tuple({**now.servers, **then.servers}))
+                mode.update([change])
+                cleaner.follow(Cluster("node"), [change], ())
+                if hosts and len(hosts) == 1:
+                    clients.expect(*hosts)
                 now = then
 
 
