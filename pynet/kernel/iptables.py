@@ -17,6 +17,7 @@ from typing import Literal
 Backend = Literal["legacy", "nft"]
 Version = Literal[4, 6]
 BACKENDS: tuple[Backend, ...] = ("legacy", "nft")
+_VERSIONS: tuple[Version, ...] = (4, 6)
 _WAIT_SECONDS = 10
 _RESOURCE_PROBLEM = 4  # exit code: the lock is held, or the kernel says to try again
 _GET_INFO, _GET_ENTRIES = 64, 65
@@ -26,6 +27,7 @@ _FORWARD = 2  # NF_INET_FORWARD
 _TARGET_OFFSET = {4: 88, 6: 140}  # of struct ipt_entry, ip6t_entry: after the address part and `nfcache`
 _TARGET_HEAD = 32  # of struct xt_standard_target: the verdict follows
 _HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
+_TABLE = re.compile(r"^\*", re.MULTILINE)
 _LINE = re.compile(r"(?:line:? )(\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -62,6 +64,13 @@ class Tool:
         if self.backend == "legacy" and table not in _legacy_tables(self.version):
             return ""
         return _run([f"{self._stem}-save", "-t", table])
+
+    def tables(self) -> dict[str, str]:
+        """Return every table in use as a rule file, by its name, from one process. Raise `IptablesError`."""
+        if self.backend == "legacy" and not _legacy_tables(self.version):
+            return {}
+        saved = _run([f"{self._stem}-save"])
+        return {body.partition("\n")[0]: f"*{body}" for body in _TABLE.split(saved)[1:]}
 
     def rules_of(self, table: str, chain: str) -> list[str]:
         """Return one chain's rules as `-S` prints them; none where the chain is missing."""
@@ -133,12 +142,7 @@ def backend_of_host() -> Backend:
     As the iptables wrapper of the Kubernetes project: kubelet's hint chains first, then the greater number of rules.
     Reads legacy tables only where the kernel already has some: reading would create them.
     """
-    saved: dict[Backend, str] = {}
-    for backend in BACKENDS:
-        tools = [Tool(backend, version) for version in (4, 6)]
-        saved[backend] = "".join(
-            tool.save(table) for tool in tools for table in ("mangle", "nat", "filter") if _has_program(tool)
-        )
+    saved = {backend: _rules_in(backend) for backend in BACKENDS}
     for backend in ("nft", "legacy"):
         if _HINTS.search(saved[backend]):
             return backend
@@ -148,12 +152,16 @@ def backend_of_host() -> Backend:
     return "nft" if "nf_tables" in _run(["iptables", "--version"]) else "legacy"
 
 
-def _has_program(tool: Tool) -> bool:
-    try:
-        _run([f"{tool._stem}-save", "--version"])
-    except IptablesError:
-        return False
-    return True
+def _rules_in(backend: Backend) -> str:
+    """Return all rules of a back end; none where its programs are missing."""
+    found = ""
+    for version in _VERSIONS:
+        try:
+            found += "".join(Tool(backend, version).tables().values())
+        except IptablesError as error:
+            if not error.transient:
+                raise
+    return found
 
 
 def _legacy_tables(version: Version) -> list[str]:

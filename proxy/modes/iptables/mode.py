@@ -131,8 +131,9 @@ class IptablesMode:
         for version in _VERSIONS.values():
             tool = Tool(backend, version)
             try:
+                saved = tool.tables()
                 for table in _TABLES:
-                    script = _removal(table, parse(tool.save(table)))
+                    script = _removal(table, parse(saved.get(table, "")))
                     if script:
                         tool.restore(script)
             except IptablesError as error:

@@ -29,6 +29,7 @@ from pynet.kernel.ipset import IpsetError
 from pynet.kernel.iptables import Backend, IptablesError, Tool, backend_of_host
 from pynet.kernel.ipvs import Ipvs, IpvsMissing
 from pynet.kernel.netlink import Message, NetlinkError
+from pynet.kernel.nfnetlink import NfnetlinkError
 from pynet.kernel.sysctl import SysctlError
 
 log = logs.get(__name__)
@@ -85,6 +86,7 @@ class IpvsMode:
         self._foreign: set[ServiceId] = set()  # found to be so by an addition that failed
         self._told: set[ServiceId] = set()
         self._drains = Drains()
+        self._canaries: dict[Family, tables.Canary] = {}
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
@@ -123,6 +125,9 @@ class IpvsMode:
             log.warning("clean-up failed", extra=logs.fields(mode=self.name, error=error))
         self._standing.clear()
         self._drains = Drains()
+        for canary in self._canaries.values():
+            canary.close()
+        self._canaries.clear()
 
     def lacking(self, names: Iterable[str]) -> frozenset[str]:
         """Return which of these schedulers the kernel has not; it is asked once for each. Raise `NetlinkError`."""
@@ -148,6 +153,11 @@ class IpvsMode:
         if self._backend is None:
             self._backend = backend_of_host()
         return Tool(self._backend, tables.VERSIONS[family])
+
+    def _canary(self, family: Family) -> tables.Canary:
+        if family not in self._canaries:
+            self._canaries[family] = tables.Canary(self._tool(family))
+        return self._canaries[family]
 
     def _converge(self, plan: Plan) -> tuple[Written, Found]:
         """Make the kernel hold `plan`; return what was written, and a line for each difference found."""
@@ -382,7 +392,7 @@ class IpvsMode:
             self._node.own_addresses(family) != standing.ground.node_addresses
             or not (self._node.has_link() or not standing.users)
             or sum(name.version == version for name in self._ipvs().services()) < wanted
-            or not tables.is_intact(self._tool(family))
+            or not self._canary(family).is_alive()
         )
 
     def _owner(self, family: Family, name: ServiceId) -> ServerKey | None:
@@ -433,7 +443,15 @@ def _marks(plan: Plan, held: sets.Entries) -> dict[ServerKey, int]:
 def _guarded(work: Callable[[A], R], argument: A) -> R:
     try:
         return work(argument)
-    except (NetlinkError, IpsetError, IptablesError, SysctlError, IpvsMissing, layout.OutOfMarks) as error:
+    except (
+        NetlinkError,
+        NfnetlinkError,
+        IpsetError,
+        IptablesError,
+        SysctlError,
+        IpvsMissing,
+        layout.OutOfMarks,
+    ) as error:
         raise ApplyError(str(error)) from error
 
 

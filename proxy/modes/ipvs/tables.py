@@ -6,18 +6,19 @@ from proxy.modes.ipvs import rules
 from proxy.plan import Family, NodeSettings
 from pynet.daemon import logs
 from pynet.kernel.iptables import BACKENDS, IptablesError, Tool, Version
+from pynet.kernel.nfnetlink import Nfnetlink
 
 log = logs.get(__name__)
 VERSIONS: dict[Family, Version] = {Family.V4: 4, Family.V6: 6}
-_CANARIES = (rules.JUMPS[0], rules.JUMPS[2], rules.JUMPS[5])  # one a table
 
 
 def converge(tool: Tool, family: Family, settings: NodeSettings) -> list[str]:
     """Make our chains and jumps what they should be; return a line for each that was not. Raise `IptablesError`."""
     wrong: list[str] = []
     script = ""
+    saved = tool.tables()
     for table, wanted in rules.chains(family, settings).items():
-        held, jumps = rules.parsed(tool.save(table))
+        held, jumps = rules.parsed(saved.get(table, ""))
         differing = {name: lines for name, lines in wanted.items() if held.get(name) != lines}
         gone = [name for name in held if name not in wanted]
         missing = [jump[1:] for jump in rules.JUMPS if jump[0] == table and jump[1:] not in jumps]
@@ -31,9 +32,29 @@ def converge(tool: Tool, family: Family, settings: NodeSettings) -> list[str]:
     return wrong
 
 
-def is_intact(tool: Tool) -> bool:
-    """Whether the jumps are there, one a table being asked."""
-    return all(f"-A {builtin} -j {ours}" in tool.rules_of(table, builtin) for table, builtin, ours in _CANARIES)
+class Canary:
+    """Whether the jumps to our chains stand, in one family; nft's rules are read only after somebody's commit."""
+
+    def __init__(self, tool: Tool) -> None:
+        self._tool = tool
+        self._kernel = Nfnetlink() if tool.backend == "nft" else None
+        self._seen = -1
+
+    def is_alive(self) -> bool:
+        """Look. Raise `IptablesError`, `OSError`."""
+        generation = self._kernel.generation() if self._kernel else -1
+        if generation == self._seen != -1:
+            return True
+        saved = self._tool.tables()
+        there = {table: rules.parsed(text)[1] for table, text in saved.items()}
+        is_alive = all((builtin, ours) in there.get(table, ()) for table, builtin, ours in rules.JUMPS)
+        self._seen = generation if is_alive else -1
+        return is_alive
+
+    def close(self) -> None:
+        """Give the socket back."""
+        if self._kernel:
+            self._kernel.close()
 
 
 def remove() -> None:
@@ -42,8 +63,9 @@ def remove() -> None:
         for version in VERSIONS.values():
             tool = Tool(backend, version)
             try:
+                saved = tool.tables()
                 for table in rules.TABLES:
-                    held, jumps = rules.parsed(tool.save(table))
+                    held, jumps = rules.parsed(saved.get(table, ""))
                     if held or jumps:
                         deletions = [f"-D {builtin} -j {ours}" for builtin, ours in sorted(jumps)]
                         tool.restore(rules.render(table, {}, held, deletions))
