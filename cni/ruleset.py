@@ -6,11 +6,14 @@ A pod adds elements, never rules: `masquerade4`/`masquerade6` send its addresses
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import re
 from _blake2 import blake2b  # hashlib would load all of OpenSSL
 from typing import NamedTuple
 
-from pynet.kernel import nftables
+from cni.netconf import PROTOCOLS
+from pynet.kernel import netlink, nftables, nftelements
 
 TABLE = "pynet-cni"
 HERE = f"inet {TABLE}"
@@ -52,8 +55,9 @@ add rule {HERE} postrouting ip saddr vmap @masquerade4
 add rule {HERE} postrouting ip6 saddr vmap @masquerade6
 """
 
+_MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\Z")
 _PLAIN = re.compile(r"(?=.{1,120}\Z)[A-Za-z0-9_.\-]+ [A-Za-z0-9_.@/\-]+\Z")
-_MISSING = "No such file or directory"
+_ELEMENT = re.compile(r'(\w+) (\S+) (\S+) \{ (.+?)(?: comment "([^"]*)")?(?: : (.+))? \}\Z')
 
 
 class Element(NamedTuple):
@@ -85,13 +89,45 @@ def apply(base: str, elements: list[str], *, first: bool) -> None:
     """
     if not elements:
         return
-    script = "".join(f"add element {element}\n" for element in elements)
-    try:
-        nftables.apply(base + script if first else script)
-    except nftables.NftError as error:
-        if first or _MISSING not in str(error):
-            raise
-        nftables.apply(base + script)
+    if not first:
+        try:
+            nftelements.apply([encoded(element) for element in elements], add=True)
+            return
+        except netlink.NetlinkError as error:
+            if error.errno != errno.ENOENT:
+                raise
+    nftables.apply(base + "".join(f"add element {element}\n" for element in elements))
+
+
+def encoded(element: str) -> nftelements.Element:
+    """Return an element (`table map { key comment "tag" : value }`, or with its key only) as netlink has it."""
+    found = _ELEMENT.match(element)
+    if found is None:
+        raise ValueError(f"{element!r} is no nftables element")
+    family, table, name, key, comment, value = found.groups()
+    shape = nftelements.Element(family, table, name, _packed(key), comment or "")
+    if value is None:
+        return shape
+    if value.startswith("goto "):
+        return shape._replace(goto=value.removeprefix("goto "))
+    return shape._replace(value=_packed(value))
+
+
+def _packed(text: str) -> bytes:
+    """Return a key or value's parts, each padded to four bytes as the kernel's registers are."""
+    return b"".join(part + bytes(-len(part) % 4) for part in map(_part, text.split(" . ")))
+
+
+def _part(text: str) -> bytes:
+    if text.startswith('"'):
+        return text.strip('"').encode().ljust(16, b"\0")  # an interface's name, IFNAMSIZ bytes
+    if text in PROTOCOLS:
+        return bytes((PROTOCOLS[text],))
+    if text.isdecimal():
+        return int(text).to_bytes(2, "big")
+    if _MAC.match(text):
+        return bytes.fromhex(text.replace(":", ""))
+    return ipaddress.ip_address(text).packed
 
 
 def remove(elements: list[str], tag: str) -> None:
@@ -99,9 +135,9 @@ def remove(elements: list[str], tag: str) -> None:
     if not elements:
         return
     try:
-        nftables.apply("".join(f"delete element {element}\n" for element in elements))
-    except nftables.NftError as error:
-        if _MISSING not in str(error):
+        nftelements.apply([encoded(element) for element in elements], add=False)
+    except netlink.NetlinkError as error:
+        if error.errno != errno.ENOENT:
             raise
         remove_owned({tag})
 

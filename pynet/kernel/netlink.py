@@ -24,6 +24,7 @@ _ACK_TLVS = 0x200
 _NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
@@ -139,8 +140,19 @@ class Socket:
     def batch(self, messages: Sequence[Message]) -> list[NetlinkError | None]:
         """Send all requests in one datagram; return each one's error or None. One's failure does not stop the rest."""
         first = self._sequence + 1
-        datagram = b"".join(self._frame(kind, flags | ACK, body) for kind, flags, body in messages)
-        self._socket.send(datagram)
+        self._socket.send(b"".join(self._frame(kind, flags | ACK, body) for kind, flags, body in messages))
+        return self._answers(first, messages)
+
+    def transaction(self, subsystem: int, messages: Sequence[Message]) -> list[NetlinkError | None]:
+        """Send requests to a part of netfilter that does all of them or none; return each one's error or None."""
+        around = struct.pack("!BBH", 0, 0, subsystem)
+        begin = self._frame(_BATCH_BEGIN, 0, around)
+        first = self._sequence + 1
+        framed = b"".join(self._frame(kind, flags | ACK, body) for kind, flags, body in messages)
+        self._socket.send(begin + framed + self._frame(_BATCH_END, 0, around))
+        return self._answers(first, messages)
+
+    def _answers(self, first: int, messages: Sequence[Message]) -> list[NetlinkError | None]:
         answers: list[NetlinkError | None] = [None] * len(messages)
         waiting = len(messages)
         while waiting:

@@ -90,6 +90,7 @@ def test_gc_goes_on_past_errors_and_reports_all(runtime: Runtime, netns: Names) 
     pods = [Pod(runtime, netns(f"p{number}")) for number in range(2)]
     for pod in pods:
         pod.add(conf)
+    runtime.host.run("nft", "flush", "map", "inet", "pynet-cni", "masquerade4")  # then they are looked for with nft
     with pytest.raises(CniFailure) as failed:
         runtime.call("GC", conf | {"cni.dev/valid-attachments": []}, env={"PATH": "/nowhere"})
     for pod in pods:
