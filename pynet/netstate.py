@@ -22,11 +22,14 @@ def family_of(text: str) -> int:
 
 
 class Vxlan(msgspec.Struct, frozen=True, gc=False):
-    """What cannot be changed of a VXLAN device. `local`: the underlay address it sends from."""
+    """What cannot be changed of a VXLAN device. `local`: the underlay address it sends from; `plain`: it learns
+    nothing, has no default remote and no link of its own, and no route brings its tunnels along.
+    """
 
     vni: int
     port: int
     local: str
+    plain: bool = True
 
 
 class Link(msgspec.Struct, frozen=True, gc=False):

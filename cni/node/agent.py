@@ -201,14 +201,16 @@ class Agent:
         folder = self._options.conf_dir
         if folder is None:
             return
-        if not want.pod_cidrs:
-            own = f"Node {self._options.settings.name}"
+        own, cidrs = f"Node {self._options.settings.name}", conflist.with_room(want.pod_cidrs)
+        small = [cidr for cidr in want.pod_cidrs if cidr not in cidrs]
+        problems += [Problem(own, f"spec.podCIDRs: {cidr} has no room for a pod") for cidr in small]
+        if not cidrs:
             problems.append(Problem(own, "spec.podCIDRs: this node has none, so no network configuration is written"))
             return
-        content = conflist.conflist(want.pod_cidrs, want.pod_mtu, self._options.bridge, self._options.state_dir)
+        content = conflist.conflist(cidrs, want.pod_mtu, self._options.bridge, self._options.state_dir)
         if conflist.write(folder, content):
             file = folder / conflist.NAME
-            fields = logs.fields(file=file, pod_cidrs=",".join(want.pod_cidrs), mtu=want.pod_mtu)
+            fields = logs.fields(file=file, pod_cidrs=",".join(cidrs), mtu=want.pod_mtu)
             log.info("network configuration written", extra=fields)
         reason = f"a runtime takes it before ours, {conflist.NAME}"
         problems += [Problem(str(folder / name), reason) for name in conflist.preferred_over_ours(folder)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from cni.node.nodes import claim_of
 from pynet import files
 from pynet.netstate import family_of
 
@@ -41,6 +42,11 @@ def conflist(pod_cidrs: tuple[str, ...], mtu: int, bridge: str, state_dir: Path)
             }
         ],
     }
+
+
+def with_room(pod_cidrs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those that hold a pod: beside it there are the network's address, the gateway's and the broadcast's."""
+    return tuple(cidr for cidr in pod_cidrs if (claim := claim_of(cidr)).last - claim.first >= 3)
 
 
 def ranges(pod_cidrs: tuple[str, ...]) -> list[list[dict[str, str]]]:

@@ -19,6 +19,7 @@ from cni.node import acceptance, status
 from cni.node.addresses import usage
 from cni.node.agent import Agent, Options
 from cni.node.cleanup import clean
+from cni.node.conflist import with_room
 from cni.node.ledger import Ledger
 from cni.node.metrics import Metrics
 from cni.node.podcidrs import BadPool, Pool, pools
@@ -67,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     node.add_argument("--node-name", metavar="NAME", help="name of this machine's Node (default: the host's name)")
     node.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help="socket, lock, node file, IPAM")
     node.add_argument("--cni-conf-dir", type=Path, metavar="DIR", help="write the network configuration there")
-    node.add_argument("--bridge", default="pynet0", metavar="NAME", help="the pods' bridge (%(default)s)")
-    node.add_argument("--mtu", type=int, default=0, metavar="BYTES", help="MTU of pods (0: what fits every way)")
+    node.add_argument("--bridge", type=_link, default="pynet0", metavar="NAME", help="the pods' bridge (%(default)s)")
+    node.add_argument("--mtu", type=_mtu, default=0, metavar="BYTES", help="MTU of pods (0: what fits every way)")
     ways = parser.add_argument_group("ways to the other nodes")
     ways.add_argument(
         "--backend", choices=("auto", "host-gw", "vxlan"), default="auto",
@@ -170,11 +171,12 @@ def _allocation(args: argparse.Namespace) -> tuple[Pool, ...]:
     if args.manifests is None:
         raise BadPool("--allocate-node-cidrs is for --manifests; a cluster's controller manager does it else")
     families = {family_of(cidr) for cidr in args.cluster_cidr}
-    if args.node_cidr_mask_size and len(families) > 1:
+    if args.node_cidr_mask_size is not None and len(families) > 1:
         raise BadPool("--node-cidr-mask-size is for one family; with two: --node-cidr-mask-size-ipv4 and -ipv6")
     either = args.node_cidr_mask_size
-    sizes = {4: args.node_cidr_mask_size_ipv4 or either, 6: args.node_cidr_mask_size_ipv6 or either}
-    return pools(args.cluster_cidr, {family: size for family, size in sizes.items() if size})
+    asked = {4: args.node_cidr_mask_size_ipv4, 6: args.node_cidr_mask_size_ipv6}
+    sizes = {family: either if size is None else size for family, size in asked.items()}
+    return pools(args.cluster_cidr, {family: size for family, size in sizes.items() if size is not None})
 
 
 def _work(options: Options, source: Source, events: Events, healthz: str, metrics_bind: str) -> int:
@@ -243,7 +245,7 @@ def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str, state
 
     def measure() -> http.Reply:
         metrics.addresses.clear()
-        for each in usage(agent.pod_cidrs, state_dir):
+        for each in usage(with_room(agent.pod_cidrs), state_dir):
             metrics.addresses.labels(each.cidr, "used").set(each.used)
             metrics.addresses.labels(each.cidr, "free").set(each.free)
         return http.metrics_reply(metrics.registry)
@@ -258,7 +260,11 @@ def _http(agent: Agent, metrics: Metrics, healthz: str, metrics_bind: str, state
 
 def _locked(state_dir: Path) -> int | None:
     """Return the descriptor that holds the lock of `state_dir`, or None, said why, when another agent has it."""
-    state_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.error("--state-dir cannot be made", extra=logs.fields(state_dir=state_dir, error=error.strerror))
+        return None
     path = state_dir / status.LOCK
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
@@ -299,13 +305,17 @@ def _status(arguments: list[str]) -> int:
     parser.add_argument("--state-dir", type=Path, default=STATE_DIR, metavar="DIR", help="(%(default)s)")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     args = parser.parse_args(arguments)
-    said = status.load(args.state_dir)
+    file = args.state_dir / status.STATUS
+    try:
+        said = status.load(args.state_dir)
+    except (OSError, ValueError) as error:
+        print(f"pynetd status: {file} cannot be read: {error}", file=sys.stderr)
+        return 1
     if said is None:
-        file = args.state_dir / status.STATUS
         print(f"pynetd status: no {file}: no agent has reconciled with that --state-dir yet", file=sys.stderr)
         return 1
     if args.output == "json":
-        print((args.state_dir / status.STATUS).read_text())
+        print(file.read_text())
     else:
         print(status.render(said, status.running(args.state_dir)), end="")
     return 0
@@ -313,7 +323,8 @@ def _status(arguments: list[str]) -> int:
 
 def _cidrs(text: str) -> tuple[str, ...]:
     try:
-        return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part.strip())
+        found = (str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part.strip())
+        return tuple(dict.fromkeys(found))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -334,6 +345,21 @@ def _vni(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) < 1 << 24:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to 16777215")
     return int(text)
+
+
+def _mtu(text: str) -> int:
+    # 68: what every IPv4 link has to carry (RFC 791)
+    if not text.isdigit() or not (text == "0" or 68 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 68 to 65535, or 0")
+    return int(text)
+
+
+def _link(text: str) -> str:
+    if not re.fullmatch(r"[^\s/:]{1,15}", text) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a link: up to 15 characters without '/', ':' or space"
+        )
+    return text
 
 
 def _port(text: str) -> int:

@@ -27,7 +27,8 @@ def ensure(kernel: Rtnetlink, devices: Iterable[Device], state: NetState) -> boo
         if link is None:
             kernel.make_vxlan(device.name, device.vxlan, device.mac, device.mtu)
             log.info("VXLAN device made", extra=logs.fields(dev=device.name, vxlan=device.vxlan, mtu=device.mtu))
-        if link is None or (link.mac, link.mtu, link.alias, link.up) != (device.mac, device.mtu, ALIAS, True):
+        wanted = (device.mac, device.mtu, ALIAS, True, 0)
+        if link is None or (link.mac, link.mtu, link.alias, link.up, link.master) != wanted:
             kernel.set_link(device.name, mac=device.mac, mtu=device.mtu, alias=ALIAS)
             changed = True
         present = set() if made else {f"{a.address}/{a.length}" for a in state.addresses if a.dev == device.name}

@@ -73,11 +73,11 @@ class Writer:
 def running(state_dir: Path) -> bool:
     """Say whether an agent holds the lock of that state directory."""
     try:
-        descriptor = os.open(state_dir / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(state_dir / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

@@ -30,6 +30,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFAL
 _SKIP_STATS = 8  # RTEXT_FILTER_SKIP_STATS
 _INFO_KIND, _INFO_DATA = 1, 2
 _VXLAN_ID, _VXLAN_LOCAL, _VXLAN_LEARNING, _VXLAN_PORT, _VXLAN_LOCAL6 = 1, 4, 7, 15, 17
+_VXLAN_NOT_PLAIN = (2, 3, _VXLAN_LEARNING, 16, 25)  # GROUP, LINK, LEARNING, GROUP6, COLLECT_METADATA
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = (
     1, 4, 5, 6, 7, 8, 9, 15, 18,
@@ -174,8 +175,8 @@ class Rtnetlink:
         self._socket.request(_NEWLINK, CREATE | EXCL, body, f"make VXLAN device {name}")
 
     def set_link(self, name: str, *, mac: str = "", mtu: int = 0, alias: str = "") -> None:
-        """Set a link up, and what is given of it. Raise `NetlinkError`."""
-        body = _LINK.pack(0, 0, self._index(name), _IFF_UP, _IFF_UP)
+        """Set a link up, a port of nothing, and what is given of it. Raise `NetlinkError`."""
+        body = _LINK.pack(0, 0, self._index(name), _IFF_UP, _IFF_UP) + u32(_IFLA_MASTER, 0)
         if mac:
             body += attr(_IFLA_ADDRESS, _mac(mac))
         if mtu:
@@ -272,6 +273,7 @@ def _vxlan(data: dict[int, bytes]) -> Vxlan:
         vni=netlink.as_int(data.get(_VXLAN_ID)),
         port=int.from_bytes(data.get(_VXLAN_PORT, b""), "big"),
         local=socket.inet_ntop(socket.AF_INET if len(local) == 4 else socket.AF_INET6, local) if local else "",
+        plain=not any(any(data.get(kind, b"")) for kind in _VXLAN_NOT_PLAIN),
     )
 
 

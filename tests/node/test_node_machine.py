@@ -66,6 +66,21 @@ def test_a_node_without_a_pod_cidr_routes_and_says_what_is_missing(own: Machine)
     until("configuration", lambda: (own.conf / "10-pynet.conflist").exists())
 
 
+def test_a_pod_cidr_without_room_is_told_and_configures_nothing(own: Machine) -> None:
+    own.publish(cidrs=["10.244.1.0/31", "fd00:244:1::/128"])
+    own.start()
+    assert "Node n1: spec.podCIDRs: 10.244.1.0/31 has no room for a pod" in own.problems()
+    assert not own.conf.exists()
+    assert own.get("/metrics")[0] == 200
+    own.publish(cidrs=["10.244.1.0/31", "10.244.9.0/24", "10.244.8.0/30", "fd00:244:1::/64"])
+    until("configuration", lambda: (own.conf / "10-pynet.conflist").exists())
+    plugin = json.loads((own.conf / "10-pynet.conflist").read_text())["plugins"][0]
+    assert plugin["ipam"]["ranges"] == [
+        [{"subnet": "10.244.9.0/24"}, {"subnet": "10.244.8.0/30"}],
+        [{"subnet": "fd00:244:1::/64"}],
+    ]
+
+
 FORWARD = ["-P FORWARD DROP", "-A FORWARD -j REJECT"]
 
 

@@ -59,6 +59,24 @@ def test_other_flags_make_the_device_anew(own: Machine) -> None:
     assert own.peers()["10.244.3.0/24"] == "none"
 
 
+def test_a_device_that_learns_or_is_a_port_of_a_bridge_is_put_right(own: Machine) -> None:
+    far(own, 3)
+    settings = ["id", "112", "dstport", "4789", "local", "192.168.1.1", "learning", "remote", "192.168.2.250"]
+    own.ip_command("link", "add", "pynet-vx4", "type", "vxlan", *settings)
+    own.ip_command("link", "add", "br9", "type", "bridge")
+    own.start("--resync-period=1h")
+    assert overlay_of(own) == FAR_3
+
+    def shown() -> str:
+        return own.ip_command("-d", "link", "show", "pynet-vx4")
+
+    assert "nolearning" in shown() and "192.168.2.250" not in shown()
+    own.ip_command("link", "set", "pynet-vx4", "master", "br9")
+    until("its own again", lambda: "master" not in shown())
+    own.ip_command("link", "set", "pynet-vx4", "down")
+    until("up again, with its routes", lambda: overlay_of(own) == FAR_3)
+
+
 def test_a_link_of_somebody_else_s_with_our_device_s_name_is_left_alone(own: Machine) -> None:
     far(own, 3)
     near(own, 2)
