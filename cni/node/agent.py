@@ -63,7 +63,7 @@ class Agent:
         self._events = events or NoEvents()
         self._pause = pause = min(options.resync, _LOOK_AT_FORWARD)
         self._runner = BoundedRunner(self._reconcile, min_interval=_REST, max_interval=pause, retry=_RETRY)
-        self._membership = Membership(options.ledger, options.pools)
+        self._membership = Membership(options.ledger, options.pools, options.settings.name)
         self._ways = Ways(options.settings, kernel, metrics)
         self._masquerading = masquerading.chosen(options.masquerade)
         self._masqueraded: tuple[dict[str, Member], tuple[str, ...], Masquerade] | None = None

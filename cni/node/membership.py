@@ -16,10 +16,10 @@ Cidrs = tuple[str, ...]
 
 
 class Membership:
-    """The cluster's nodes. `ledger`: where pod CIDRs from `pools` are assigned, if they are."""
+    """The cluster's nodes. `ledger`: where pod CIDRs from `pools` are assigned, if they are, by the node `own`."""
 
-    def __init__(self, ledger: Ledger | None = None, pools: tuple[Pool, ...] = ()) -> None:
-        self._ledger, self._pools = ledger, pools
+    def __init__(self, ledger: Ledger | None = None, pools: tuple[Pool, ...] = (), own: str = "") -> None:
+        self._ledger, self._pools, self._own = ledger, pools, own
         self._lock = threading.Lock()
         self._nodes: dict[str, Node] | None = None
         self._read: dict[str, tuple[Node, Cidrs, Member]] = {}
@@ -60,9 +60,9 @@ class Membership:
         names = [name for name, node in nodes.items() if not pod_cidrs_of(node)]
         taken = [cidr for node in nodes.values() for cidr in pod_cidrs_of(node)]
         record = ledger.read()
-        if assign(names, taken, record, self._pools) != record:
+        if assign(names, taken, record, self._pools, self._own) != record:
             try:
-                record = ledger.update(lambda before: assign(names, taken, before, self._pools))
+                record = ledger.update(lambda before: assign(names, taken, before, self._pools, self._own))
                 log.info("pod CIDRs assigned", extra=logs.fields(nodes=len(record)))
             except OSError as error:
                 problems.append(Problem("pod CIDRs", f"the record cannot be written: {error}"))

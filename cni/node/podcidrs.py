@@ -2,7 +2,7 @@
 
 A node's place is found from its name alone, so that two agents that see the same Nodes decide the same, also when the
 record is lost. The record makes it stable: what a node has, it keeps, also while its Node is away, as long as there is
-room.
+room, and under another mask size.
 """
 
 from __future__ import annotations
@@ -41,15 +41,9 @@ class Pool(msgspec.Struct, frozen=True):
         return f"{network.network_address + (number << width)}/{self.length}"
 
     def holds(self, cidr: str) -> bool:
-        """Say whether `cidr` is one of them."""
-        if family_of(cidr) != family_of(self.cidr) or not cidr.endswith(f"/{self.length}"):
-            return False
-        own = claim_of(self.cidr)
-        try:
-            asked = claim_of(cidr)
-        except ValueError:
-            return False
-        return own.first <= asked.first and asked.last <= own.last
+        """Say whether `cidr` is a part of the cluster CIDR: of another length, it was assigned under other flags."""
+        own, asked = claim_of(self.cidr), _claim(cidr)
+        return asked is not None and own.first <= asked.first and asked.last <= own.last
 
 
 def pools(cluster_cidrs: Iterable[str], mask_sizes: Mapping[int, int]) -> tuple[Pool, ...]:
@@ -72,39 +66,54 @@ def pools(cluster_cidrs: Iterable[str], mask_sizes: Mapping[int, int]) -> tuple[
 
 
 def assign(
-    names: Collection[str], taken: Iterable[str], record: Mapping[str, tuple[str, ...]], pools: Iterable[Pool]
+    names: Collection[str],
+    taken: Iterable[str],
+    record: Mapping[str, tuple[str, ...]],
+    pools: Collection[Pool],
+    own: str = "",
 ) -> dict[str, tuple[str, ...]]:
     """Return the new record: the pod CIDRs of every one of `names` (one a pool; fewer when a pool is full), and of
     nodes that are away as long as nobody needs theirs. `taken`: what other nodes have without us.
+
+    Only `own`, the node that decides, loses what is outside of the cluster CIDR of its family: others may have been
+    started with other flags by now, and would take it back.
     """
     found: dict[str, tuple[str, ...]] = {}
     for pool in pools:
         fixed = Claims()
         for cidr in taken:
             _take(fixed, cidr, "")
-        for name, cidr in _assign_one(sorted(names), fixed, record, pool).items():
+        for name, cidr in _assign_one(sorted(names), fixed, record, pool, own).items():
             found[name] = (*found.get(name, ()), cidr)
+    families = {family_of(pool.cidr) for pool in pools}
+    for name in found:
+        found[name] += tuple(cidr for cidr in record.get(name, ()) if family_of(cidr) not in families)
     return found
 
 
-def _assign_one(names: list[str], claims: Claims, record: Mapping[str, tuple[str, ...]], pool: Pool) -> dict[str, str]:
+def _assign_one(
+    names: list[str], claims: Claims, record: Mapping[str, tuple[str, ...]], pool: Pool, own: str
+) -> dict[str, str]:
     found: dict[str, str] = {}
     away = sorted(record.keys() - set(names))
     for name in [*names, *away]:
-        cidr = next((cidr for cidr in record.get(name, ()) if pool.holds(cidr)), None)
-        if cidr is not None and _take(claims, cidr, name):
-            found[name] = cidr
+        of_family = [cidr for cidr in record.get(name, ()) if family_of(cidr) == family_of(pool.cidr)]
+        kept = [cidr for cidr in of_family if pool.holds(cidr) or name != own]
+        if kept and _take(claims, kept[0], name):
+            found[name] = kept[0]
     for name in names:
         if name in found:
             continue
         free = _free(claims, pool, name)
         if free is None:
             # full: the place of one that is away is given to one that is here
-            victim = next((other for other in away if other in found), None)
+            victim = next((other for other in away if other in found and pool.holds(found[other])), None)
             if victim is None:
                 continue
-            free = found.pop(victim)
-            claims.drop(claim_of(free))
+            claims.drop(claim_of(found.pop(victim)))
+            free = _free(claims, pool, name)
+            if free is None:
+                continue
         _take(claims, free, name)
         found[name] = free
     return found
@@ -127,13 +136,18 @@ def _free(claims: Claims, pool: Pool, name: str) -> str | None:
     return None
 
 
+def _claim(cidr: str) -> Claim | None:
+    """Return what a record says as a claim; None where it is no pod CIDR."""
+    try:
+        return claim_of(cidr)
+    except ValueError:
+        return None
+
+
 def _take(claims: Claims, cidr: str, name: str) -> bool:
     """Note a pod CIDR; return False where it is taken, in whole or part."""
-    try:
-        claim: Claim = claim_of(cidr)
-    except ValueError:
-        return False
-    if claims.holder(claim.first, claim.last) is not None:
+    claim = _claim(cidr)
+    if claim is None or claims.holder(claim.first, claim.last) is not None:
         return False
     claims.take(claim, name)
     return True

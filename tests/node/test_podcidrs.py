@@ -77,8 +77,30 @@ def test_one_that_is_away_keeps_its_own_until_it_is_needed() -> None:
     assert set(full) == {"b", "c", "d", "e"}
 
 
-def test_a_record_of_another_cluster_cidr_is_not_kept() -> None:
-    assert assign({"a"}, (), {"a": ("172.16.0.0/24",)}, DUAL)["a"][0].startswith("10.244.")
+def test_a_record_of_another_cluster_cidr_is_kept_of_other_nodes_only() -> None:
+    """Their agents may have been started with that other one, and move them themselves when they are not."""
+    record = {"a": ("172.16.0.0/24",), "b": ("172.16.1.0/24",)}
+    after = assign({"a", "b"}, (), record, DUAL, own="a")
+    assert after["a"][0].startswith("10.244.")
+    assert after["b"][0] == "172.16.1.0/24"
+
+
+def test_agents_started_with_other_flags_do_not_undo_each_other() -> None:
+    """As in a rolling change of flags; the second word of an agent is never another one."""
+    flags = {
+        "a": pools(("10.244.0.0/16",), {}),
+        "b": pools(("10.244.0.0/16",), {4: 26}),
+        "c": DUAL,
+        "d": pools(("10.200.0.0/16",), {}),
+    }
+    record: dict[str, tuple[str, ...]] = {}
+    for name in [*flags, *flags]:
+        record = assign(flags.keys(), (), record, flags[name], own=name)
+    for name in flags:
+        assert assign(flags.keys(), (), record, flags[name], own=name) == record
+    assert not overlapping(held(record))
+    assert {name: len(cidrs) for name, cidrs in record.items()}["c"] == 2
+    assert record["d"][0].startswith("10.200.")
 
 
 def test_of_two_nodes_with_one_record_the_first_keeps_it() -> None:
