@@ -114,10 +114,7 @@ def flush(
 ) -> None:
     """Forget connections and neighbours of addresses, and flows to UDP host ports, that change hands."""
     packed = [ipaddress.ip_address(address).packed for address in addresses]
-    for one in packed:
-        ctflush.address(one)
-    for port, family in udp_ports:
-        ctflush.udp_port(port, 2 if family == 4 else 10)
+    ctflush.flush(packed, [(port, 2 if family == 4 else 10) for port, family in udp_ports])
     at = rtnl.index_of(bridge) if packed else 0
     if at:
         host.batch([rtnl.neighbour_request(at, one, add=False) for one in packed])
