@@ -13,6 +13,7 @@ from pathlib import Path
 from cni.node import acceptance, conflist, status
 from cni.node.masquerading import Off
 from cni.node.routes import DEVICES, PROTOCOL
+from cni.serve import SOCKET
 from pynet.kernel.ipset import IpsetError
 from pynet.kernel.iptables import IptablesError
 from pynet.kernel.netlink import NetlinkError
@@ -30,7 +31,7 @@ def clean(state_dir: Path, conf_dir: Path | None, bridge: str) -> Iterator[tuple
     yield from _tried(f"chain {acceptance.CHAIN}", acceptance.remove)
     if conf_dir is not None:
         yield from _tried(str(conf_dir / conflist.NAME), lambda: conflist.remove(conf_dir))
-    for name in (status.STATUS, status.NODE):
+    for name in (status.STATUS, status.NODE, SOCKET):
         yield from _tried(str(state_dir / name), partial(_file, state_dir / name))
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from cni.node.nodes import Claim, Claims, Member, Problem, number_of, settle
+from cni.node.nodes import Claim, Claims, Member, Problem, claim_of, number_of, settle
 from pynet.netstate import Forwarding, Link, Neighbour, NetState, Route, Vxlan, family_of
 
 Backend = Literal["auto", "host-gw", "vxlan"]
@@ -128,6 +128,11 @@ class Fib:
                     return route
         return None
 
+    def length(self, address: str) -> int:
+        """Return the length of the prefix of the route that a packet to `address` takes; -1 for none."""
+        route = self.lookup(address)
+        return -1 if route is None else int(route.dst.rpartition("/")[2])
+
 
 def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -> Wanted:
     """Return what this node's kernel should hold, given all Nodes and what is there now."""
@@ -140,20 +145,21 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
     for name in sorted(members):
         if name != settings.name:
             reaches += _reaches(members[name], here, claims)
-    blocked, problems = _in_the_way(reaches, foreign, claims, settings)
+    refusing, cut_off = _refusing(members.values(), here)
+    blocked, problems = _in_the_way(reaches, refusing, foreign, claims, settings)
     reaches = [_blocked(reach, blocked) for reach in reaches]
     if settings.name not in members:
         problems += (Problem(f"Node {settings.name}", "there is none; --node-name says which Node is this machine"),)
     held = [claim.cidr for claim in own.claims if claims.holder(claim.first, claim.last) == (claim, own.name)]
     routes = [route for reach in reaches for route in reach.routes]
-    routes += [route for route in unclaimed(settings.cluster_cidrs) if route.dst not in blocked]
+    routes += [route for route in refusing if route.dst not in blocked]
     return Wanted(
         reaches=tuple(reaches),
         routes=tuple(routes),
         neighbours=tuple(dict.fromkeys(entry for reach in reaches for entry in reach.neighbours)),
         forwarding=tuple(dict.fromkeys(entry for reach in reaches for entry in reach.forwarding)),
         devices=_devices(here, members.values()),
-        problems=tuple(problem for m in members.values() for problem in m.problems) + conflicts + problems,
+        problems=tuple(problem for m in members.values() for problem in m.problems) + conflicts + cut_off + problems,
         pod_cidrs=tuple(held),
         claims=claims.all(),
         pod_mtu=_pod_mtu(here, reaches),
@@ -164,6 +170,22 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
 def unclaimed(cluster_cidrs: Iterable[str]) -> list[Route]:
     """Return the routes by which packets to pod addresses that no node holds are refused here and do not wander."""
     return [Route(cidr, "unreachable", metric=UNCLAIMED_METRIC, protocol=PROTOCOL) for cidr in cluster_cidrs]
+
+
+def _refusing(members: Iterable[Member], here: _Here) -> tuple[list[Route], tuple[Problem, ...]]:
+    """Return `unclaimed` routes, but for those that would refuse packets to a node as well, which are told."""
+    routes, problems = [], []
+    for route in unclaimed(here.settings.cluster_cidrs):
+        space = claim_of(route.dst)
+        length = int(route.dst.rpartition("/")[2])
+        inside = ((m, a) for m in members for a in (m.v4, m.v6) if a and space.first <= number_of(a) <= space.last)
+        cut_off = next(((m, a) for m, a in inside if here.fib.length(a) < length), None)
+        if cut_off is None:
+            routes.append(route)
+            continue
+        reason = f"an unreachable route for it would cut off Node {cut_off[0].name}, {cut_off[1]}: none is made"
+        problems.append(Problem(f"--cluster-cidr {route.dst}", reason))
+    return routes, tuple(problems)
 
 
 class _Here:
@@ -228,9 +250,12 @@ def _reach(peer: Member, claim: Claim, here: _Here) -> Reach:
         hop = here.fib.lookup(address)
         if hop is None or hop.type != "unicast":
             return Reach(peer.name, address, claim.cidr, "none", f"this node has no route to {address}")
-        if not hop.via and hop.dev not in ("", "lo", *DEVICES.values()):
+        if hop.via:
+            why = f"{address} is behind {hop.via if hop.via != 'multipath' else 'several next hops'}"
+        elif hop.dev in ("", "lo", *DEVICES.values()) or hop.dst.endswith("/0"):
+            why = f"{address} is somewhere behind {hop.dev}"  # no subnet: a tunnel, a modem
+        else:
             return _direct(peer, claim, address, hop, here)
-        why = f"{address} is behind {hop.via}" if hop.via != "multipath" else f"{address} is behind several next hops"
     if here.settings.backend == "host-gw":
         return Reach(peer.name, address, claim.cidr, "none", f"{why}, and the backend is host-gw")
     return _overlay(peer, claim, why, here)
@@ -312,13 +337,17 @@ def _pod_mtu(here: _Here, reaches: Iterable[Reach]) -> int:
 
 
 def _in_the_way(
-    reaches: Iterable[Reach], foreign: Iterable[Route], claims: Claims, settings: Settings
+    reaches: Iterable[Reach],
+    refusing: Iterable[Route],
+    foreign: Iterable[Route],
+    claims: Claims,
+    settings: Settings,
 ) -> tuple[dict[str, Route], tuple[Problem, ...]]:
     """Return the routes of others that take the place of one of ours, by destination, and what is to be said of them
     and of those that take a part of a peer's pod CIDR.
     """
     mine = {route.dst: route for reach in reaches for route in reach.routes}
-    mine |= {route.dst: route for route in unclaimed(settings.cluster_cidrs)}
+    mine |= {route.dst: route for route in refusing}
     blocked: dict[str, Route] = {}
     problems: list[Problem] = []
     for route in foreign:
