@@ -29,7 +29,7 @@ from .paths import (
 )
 from .progress import err, out, step
 from .state import LabError, PodRecord, key_of
-from .stories import NAMESPACE, Do, Flow, FlowEnd, Put, Remove, Scenario
+from .stories import NAMESPACE, Case, Do, Flow, FlowEnd, Put, Remove, Scenario
 
 TIMEOUT = 2.0 * machine.SLOWNESS  # seconds that one connection may take
 # the same at the first try, when a change may not have taken effect yet; doubled at each further
@@ -39,7 +39,7 @@ PAUSE = 0.03 * machine.SLOWNESS  # seconds between tries while a change takes ef
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One line of the table. `wrong`: why it is not ok; `took`: seconds until it held."""
+    """One line of the table. `wrong`: why it is not ok; `took`: seconds until it held; `case`: what it is a part of."""
 
     scenario: str
     path: str
@@ -48,6 +48,7 @@ class Row(msgspec.Struct, frozen=True):
     ok: bool
     wrong: str = ""
     took: float = 0.0
+    case: str = ""
 
 
 class Stage:
@@ -194,9 +195,13 @@ def play(lab: Lab, scenario: Scenario) -> list[Row]:
     """Play one scenario; return its rows. Every step is played, whatever became of those before it."""
     workloads.apply(lab, list(scenario.manifests))
     rows: list[Row] = []
+    case = ""
     for batch in stories.batches(scenario.steps):
         first = batch[0]
-        if isinstance(first, Do):
+        before = len(rows)
+        if isinstance(first, Case):
+            case = first.case
+        elif isinstance(first, Do):
             rows += _do(lab, scenario, first)
         elif isinstance(first, Put):
             workloads.apply(lab, first.apply)
@@ -209,7 +214,17 @@ def play(lab: Lab, scenario: Scenario) -> list[Row]:
             rows.append(_end(lab, scenario, first))
         else:
             rows += _try_paths(lab, scenario, [path for path in batch if isinstance(path, Path)])
+        rows[before:] = [msgspec.structs.replace(row, case=case) for row in rows[before:]]
     return rows
+
+
+def passed(rows: Sequence[Row]) -> dict[str, bool]:
+    """Return the cases that were played, in their order, and whether each holds."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        if row.case:
+            found[row.case] = found.get(row.case, True) and row.ok
+    return found
 
 
 def _do(lab: Lab, scenario: Scenario, given: Do) -> list[Row]:
@@ -321,17 +336,23 @@ def show(rows: Sequence[Row], seconds: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("path", "expected", "seen", "ok"):
         table.add_column(column, overflow="fold")
-    scenario = ""
+    scenario = case = ""
+    cases = passed(rows)
     for row in rows:
         if row.scenario != scenario:
             scenario = row.scenario
             table.add_row(f"[bold cyan]{escape(scenario)}[/]")
+        if row.case != case:
+            case = row.case
+            table.add_row(f" [bold]{escape(case)}[/]", "", "", "[green]pass[/]" if cases[case] else "[red]fail[/]")
         good = "[green]✓[/]" if row.ok else "[red]✗[/]"
         found = escape(row.seen) + ("" if row.ok else f"\n[red]{escape(row.wrong)}[/]")
         table.add_row(f"  {escape(row.path)}", escape(row.expected), found, good)
     out.print(table)
     bad = [row for row in rows if not row.ok]
     words = f"{len(rows)} paths checked in {seconds:.1f} s: "
+    if cases:
+        words = f"{sum(cases.values())} of {len(cases)} cases pass; {words}"
     if bad or not rows:
         err.print(f"[red]{words}{len(bad)} wrong[/] (lab logs shows what the daemons say)")
     else:

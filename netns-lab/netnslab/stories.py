@@ -2,8 +2,8 @@
 
 A scenario is manifests, and steps. A step is one of: a `path` (see `paths.Path`); `do`: a command of the lab, in its
 own words; `apply` and `delete`: manifests; `flow` and `flow-end`: a connection kept in use while the steps between are
-done. Paths next to each other are tried at once, and again until they hold or `within` seconds are over: a change may
-take a moment.
+done; `case`: the name of the case that the steps after it play. Paths next to each other are tried at once, and again
+until they hold or `within` seconds are over: a change may take a moment.
 """
 
 from __future__ import annotations
@@ -60,7 +60,13 @@ class FlowEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="k
     answered: bool = False  # whatever got lost before, at its end it must be answered again
 
 
-Step = Do | Put | Remove | Flow | FlowEnd | Path
+class Case(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The rows of the steps after this one belong to a case of that name; it passes when all of them hold."""
+
+    case: str
+
+
+Step = Case | Do | Put | Remove | Flow | FlowEnd | Path
 
 
 class Scenario(msgspec.Struct, frozen=True):
@@ -141,7 +147,7 @@ def _placed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _step(raw: Any, where: str) -> Step:
     kinds: dict[str, type[Step]] = {
-        "do": Do, "apply": Put, "delete": Remove, "flow": Flow, "flow-end": FlowEnd, "path": Path,
+        "case": Case, "do": Do, "apply": Put, "delete": Remove, "flow": Flow, "flow-end": FlowEnd, "path": Path,
     }  # fmt: skip
     for field, kind in kinds.items():
         if isinstance(raw, Mapping) and field in raw:

@@ -35,8 +35,10 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: http}]}
 
 def test_the_conformance_cases_hold_through_the_api(make_lab):
     lab = make_lab(mode="nftables", api=True)
-    wrong = [f"{row.path}: {row.wrong}" for row in play.play_all(lab, ["conformance"]) if not row.ok]
+    rows = play.play_all(lab, ["conformance"])
+    wrong = [f"{row.case}: {row.path}: {row.wrong}" for row in rows if not row.ok]
     assert not wrong, "\n".join(wrong)
+    assert all(play.passed(rows).values())
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from netnslab import commands, stories, workloads
+from netnslab import commands, play, stories, workloads
 from netnslab.paths import BadScenario, Path
 from netnslab.stories import Do, Flow, FlowEnd, Scenario
 
@@ -69,3 +69,48 @@ steps:
 def test_which_lab_a_scenario_fits(needs, fits):
     scenario = Scenario("s", "x", (), (), **needs)
     assert scenario.fits(topology="flat", nodes=2, ipv6=False, mode="iptables") == fits
+
+
+# The data-path cases of sig-network's Service tests that are asked for, by words that their names have there.
+CASES = (
+    "basic endpoint",
+    "multiport endpoints",
+    "named target ports",
+    "functioning NodePort",
+    "same port and different protocols",
+    "hairpin",
+    "preserve source pod IP",
+    "session affinity work",
+    "switch session affinity",
+    "from ExternalName to ClusterIP",
+    "from ExternalName to NodePort",
+    "from ClusterIP to ExternalName",
+    "from NodePort to ExternalName",
+    "unready pods",
+    "fall back to terminating endpoints",
+    "internalTrafficPolicy=Local",
+    "externalTrafficPolicy=Local",
+    "UDP traffic when the server",
+    "UDP traffic when initial unready",
+    "restarting kube-proxy",
+    "restarting apiserver",
+    "recreate its rules",
+    "recreated",
+    "service-proxy-name",
+)
+
+
+def test_no_case_of_conformance_is_missing() -> None:
+    steps = stories.load("conformance").steps
+    cases = [step.case for step in steps if isinstance(step, stories.Case)]
+    assert [words for words in CASES if not any(words in case for case in cases)] == []
+    assert len(cases) == len({*cases})
+    # a path before the first case would count for none of them
+    assert next(type(step) for step in steps if isinstance(step, stories.Case | Path)) is stories.Case
+
+
+def test_a_case_passes_when_all_of_its_paths_hold() -> None:
+    rows = [play.Row("s", path, "", "", ok, case=case) for path, ok, case in (
+        ("1", True, "a"), ("2", False, "a"), ("3", True, "b"), ("4", False, ""),
+    )]  # fmt: skip
+    assert play.passed(rows) == {"a": False, "b": True}
