@@ -56,19 +56,25 @@ class Runtime:
     ) -> dict[str, Any]:  # fmt: skip
         """Run one verb; return its decoded output, {} for none. Raise `CniFailure`."""
         stdin = conf if isinstance(conf, str) else json.dumps(conf)
-        environment = {
-            "PATH": os.environ["PATH"], "CNI_COMMAND": command, "CNI_CONTAINERID": container, "CNI_NETNS": netns,
-            "CNI_IFNAME": ifname, "CNI_PATH": f"{programs()}:{REFERENCE}",
-        } | (env or {})  # fmt: skip
         done = subprocess.run(
             [NSENTER, f"--net={self.host.path}", str(program or self.program)],
             input=stdin, text=True, capture_output=True, timeout=60, check=False,
-            env={key: value for key, value in environment.items() if value},
+            env=self.environment(command, container, netns, ifname, env),
         )  # fmt: skip
         if done.returncode:
             raise CniFailure(done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
         return json.loads(done.stdout) if done.stdout.strip() else {}
+
+    def environment(
+        self, command: str, container: str, netns: str, ifname: str, env: dict[str, str] | None
+    ) -> dict[str, str]:
+        """Return a call's environment; what is empty is not set."""
+        found = {
+            "PATH": os.environ["PATH"], "CNI_COMMAND": command, "CNI_CONTAINERID": container, "CNI_NETNS": netns,
+            "CNI_IFNAME": ifname, "CNI_PATH": f"{programs()}:{REFERENCE}",
+        } | (env or {})  # fmt: skip
+        return {key: value for key, value in found.items() if value}
 
 
 class Pod:
