@@ -1,6 +1,7 @@
 """kube-proxy's configuration file, KubeProxyConfiguration v1alpha1, strictly: an unknown field is named and refused.
 
-Knows the file's shape (kubeproxy.config.k8s.io/v1alpha1 of Kubernetes 1.36) and which setting each field is.
+Knows the file's shape (kubeproxy.config.k8s.io/v1alpha1 of Kubernetes 1.36) and which setting each field is; writes the
+file that means given settings as well.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from proxy.config import ConfigError
-from proxy.values import duration
+from proxy.config import ConfigError, Settings
+from proxy.values import duration, spelled
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
@@ -205,6 +206,66 @@ def settings_of(document: Document) -> dict[str, Any]:
     }
     # An empty text in the file is the absence of a value, as kube-proxy's defaulting takes it.
     return {name: value for name, value in named.items() if value is not None and value != ""}
+
+
+def document_from(settings: Settings, client: ClientConnection) -> Document:
+    """Return the file that means `settings`, all fields named; what only we have (see `flags`) has no place in it."""
+    periods: dict[str, Any] = {
+        "sync_period": _span(settings.sync_seconds),
+        "min_sync_period": _span(settings.min_sync_seconds),
+    }
+    rules: dict[str, Any] = {
+        "masquerade_bit": settings.masquerade_bit,
+        "masquerade_all": settings.masquerade_all,
+        **periods,
+    }
+    conntrack, ipvs = settings.conntrack, settings.ipvs
+    return Document(
+        api_version=API_VERSION,
+        kind=KIND,
+        feature_gates=settings.feature_gates,
+        client_connection=client,
+        hostname_override=settings.node_name,
+        bind_address=settings.bind_address,
+        healthz_bind_address=settings.healthz_bind,
+        metrics_bind_address=settings.metrics_bind,
+        bind_address_hard_fail=settings.bind_hard_fail,
+        mode=settings.mode,
+        iptables=Iptables(localhost_node_ports=settings.localhost_node_ports, **rules),
+        ipvs=Ipvs(
+            scheduler=ipvs.scheduler,
+            exclude_cidrs=ipvs.exclude_cidrs,
+            strict_arp=ipvs.strict_arp,
+            tcp_timeout=_span(ipvs.tcp_seconds),
+            tcp_fin_timeout=_span(ipvs.tcp_fin_seconds),
+            udp_timeout=_span(ipvs.udp_seconds),
+            **periods,
+        ),
+        nftables=Nftables(**rules),
+        detect_local_mode=settings.detect_local_mode,
+        detect_local=DetectLocal(settings.pod_bridge, settings.pod_interface_prefix),
+        cluster_cidr=",".join(settings.cluster_cidrs),
+        node_port_addresses=settings.node_port_addresses,
+        oom_score_adj=settings.oom_score_adj,
+        conntrack=Conntrack(
+            max_per_core=conntrack.max_per_core,
+            min=conntrack.min,
+            tcp_established_timeout=_span(conntrack.tcp_established_seconds),
+            tcp_close_wait_timeout=_span(conntrack.tcp_close_wait_seconds),
+            tcp_be_liberal=conntrack.tcp_be_liberal,
+            udp_timeout=_span(conntrack.udp_seconds),
+            udp_stream_timeout=_span(conntrack.udp_stream_seconds),
+        ),
+    )
+
+
+def plain(document: Document) -> dict[str, Any]:
+    """Return a document as YAML and JSON have it, without the fields that say nothing."""
+    return {name: value for name, value in msgspec.to_builtins(document).items() if value is not None}
+
+
+def _span(seconds: float | None) -> str | None:
+    return None if seconds is None else spelled(seconds, is_duration=True)
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:

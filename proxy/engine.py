@@ -14,9 +14,10 @@ from typing import Protocol, runtime_checkable
 
 from proxy.cluster import Cluster
 from proxy.config import Settings, surroundings
+from proxy.lacking import Lacking
 from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, Written
-from proxy.plan import Action, Family, FrontendKind, Plan, PlanChange, ServerKey, VirtualServer
+from proxy.plan import Family, Plan, PlanChange, ServerKey, VirtualServer
 from proxy.planning import Contest, Planner
 from proxy.quarantine import Suspect, Writer, with_servers_of, without
 from pynet.daemon import logs
@@ -108,6 +109,7 @@ class Engine:
         self.cluster = Cluster(settings.node_name)
         self._planners = {family: Planner(family, surroundings(settings, family, None)) for family in families}
         self._applied: dict[Family, Plan] = {}
+        self._lacking = {family: Lacking() for family in families}
         self._pending: dict[Family, set[ServerKey]] = {family: set() for family in families}
         self._refused: dict[Family, dict[ServerKey, VirtualServer | None]] = {family: {} for family in families}
         self._retry_refused_at = 0.0
@@ -176,10 +178,7 @@ class Engine:
                 type(obj).__name__ == "Service" for obj in batch.upserts
             )
             for family in self._planners:
-                self._metrics.service_changes.labels(family.value).inc(services)
-                self._metrics.endpoint_changes.labels(family.value).inc(
-                    len(batch.upserts) + len(batch.deletes) - services
-                )
+                self._metrics.changed(family, services, len(batch.upserts) + len(batch.deletes) - services)
         if touched or is_node_new:
             self._generation += 1
             self._health.queued(self._clock())
@@ -273,10 +272,11 @@ class Engine:
         for family, (_, keys) in wanted.items():
             plan, before = result.plans[family], self._applied.get(family)
             changed = keys if before is not None else tuple(plan.servers)
-            changes.append(PlanChange(before or Plan(family, plan.settings), plan, changed))
+            change = PlanChange(before or Plan(family, plan.settings), plan, changed)
+            changes.append(change)
             self._applied[family] = plan
             self._pending[family].clear()
-            self._observe(family, plan, result.written, took, is_partial)
+            self._observe(change, result.written, took, is_partial)
         self._note_refused(result.refused)
         self._is_sound = True
         if not is_partial:  # a full write has compared everything
@@ -286,6 +286,8 @@ class Engine:
     def _finish(self) -> None:
         """Tell that everything known is in the kernel."""
         self._health.written(self._clock())
+        for family in self._planners:
+            self._metrics.nothing_pending(family)
         self._note_triggers()
         if not self._is_announced:
             self._is_announced = True
@@ -309,7 +311,8 @@ class Engine:
             elif self._mode.name == "nftables":
                 self._metrics.nftables_failures.labels(family.value).inc()
 
-    def _observe(self, family: Family, plan: Plan, written: Written, took: float, is_partial: bool) -> None:
+    def _observe(self, change: PlanChange, written: Written, took: float, is_partial: bool) -> None:
+        family, plan, changed = change.new.family, change.new, change.keys
         metrics, label = self._metrics, family.value
         metrics.sync_seconds.labels(label).observe(took)
         (metrics.partial_sync_seconds if is_partial else metrics.full_sync_seconds).labels(label).observe(took)
@@ -320,7 +323,7 @@ class Engine:
             metrics.iptables_last.labels("nat", label).set(written.objects)
             for (of, table), count in self._mode.rule_counts().items():
                 metrics.iptables_total.labels(table, of.value).set(count)
-        for policy, count in no_local_endpoints(plan).items():
+        for policy, count in self._lacking[family].follow(plan, changed).items():
             metrics.no_local_endpoints.labels(policy, label).set(count)
         log.debug(
             "written",
@@ -371,16 +374,6 @@ class Engine:
             log.warning("repaired more of the same", extra=logs.fields(count=len(drift.found) - 20))
         self._audited_at = self._checked_at = self._clock()
         self._audit_pause = max(self._settings.audit_seconds, _AUDIT_SHARE * (self._audited_at - began))
-
-
-def no_local_endpoints(plan: Plan) -> dict[str, int]:
-    """Return how many Service ports have a Local policy, no local endpoint and others elsewhere, by policy."""
-    found = {"internal": 0, "external": 0}
-    for server in plan.servers.values():
-        dropped = {frontend.kind for frontend in server.frontends if frontend.outside.action is Action.DROP}
-        found["internal"] += FrontendKind.CLUSTER_IP in dropped
-        found["external"] += bool(dropped - {FrontendKind.CLUSTER_IP})
-    return found
 
 
 def seconds_since(stamp: str, now: float) -> float | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from proxy import configfile
 from proxy.config import DETECT_MODES, MODES, ConfigError, Settings, checked
-from proxy.values import boolean, duration, gates, texts
+from proxy.values import boolean, duration, gates, spelled, texts
 from pynet.daemon.lifecycle import add_common_flags
 from pynet.sources.flags import add_source_flags
 
@@ -235,6 +235,21 @@ def settings_from(named: dict[str, Any]) -> Settings:
     if not fields["node_name"]:
         raise ConfigError("--hostname-override: empty")
     return Settings(**fields)
+
+
+def in_use(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
+    """Return every flag by name (without dashes) and the value in use, from whatever place it came."""
+    found = {
+        name.replace("_", "-"): spelled(value)
+        for name, value in vars(args).items()
+        if not name.startswith("accepted ") and name not in {flag.setting for flag in FLAGS}
+    }
+    for flag in FLAGS:
+        value: Any = settings
+        for part in flag.setting.split("."):
+            value = getattr(value, part)
+        found |= {name.lstrip("-"): spelled(value, is_duration=flag.read is duration) for name in flag.names}
+    return found
 
 
 def accepted_without_meaning(args: argparse.Namespace) -> list[str]:

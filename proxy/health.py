@@ -17,6 +17,7 @@ from proxy.plan import Family
 from pynet.daemon.http import Reply, metrics_reply
 from pynet.objects import Node
 
+NO_SNIFF = ("X-Content-Type-Options", "nosniff")
 AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 
@@ -81,17 +82,16 @@ class Health:
     def _reply(self, with_node: bool) -> Reply:
         live = self.is_live()
         eligible = self.is_node_eligible()
+        is_well = live and (eligible or not with_node)
+        now, written = _stamp(time.time()), _stamp(self._written_time)
         body: dict[str, object] = {
-            "lastUpdated": _stamp(self._written_time),
-            "currentTime": _stamp(time.time()),
-            "status": {
-                family.value: {"lastUpdated": _stamp(self._written_time), "healthy": live} for family in self._families
-            },
+            "lastUpdated": now if is_well else written,  # as kube-proxy: always fresh while all is well
+            "currentTime": now,
         }
         if with_node:
             body["nodeEligible"] = eligible
-        status = 200 if live and (eligible or not with_node) else 503
-        return Reply(status, "application/json", json.dumps(body).encode() + b"\n")
+        body["status"] = {family.value: {"lastUpdated": written, "healthy": live} for family in self._families}
+        return Reply(200 if is_well else 503, "application/json", json.dumps(body).encode(), (NO_SNIFF,))
 
 
 def health_routes(health: Health, metrics: Metrics) -> dict[str, Callable[[], Reply]]:
@@ -111,17 +111,21 @@ def health_routes(health: Health, metrics: Metrics) -> dict[str, Callable[[], Re
 
 
 def metrics_routes(
-    health: Health, metrics: Metrics, mode: Callable[[], str], configuration: Callable[[], str]
+    metrics: Metrics, mode: Callable[[], str], configuration: Callable[[], bytes]
 ) -> dict[str, Callable[[], Reply]]:
-    """Return what is served on the metrics address."""
+    """Return what is served on the metrics address; its /healthz and /livez say only that somebody answers."""
+
+    def ok() -> Reply:
+        return Reply(200, body=b"ok", headers=(NO_SNIFF,))
+
     return {
         "/metrics": lambda: metrics_reply(metrics.registry),
-        "/healthz": health.healthz,
-        "/livez": health.livez,
-        "/proxyMode": lambda: Reply(200, body=mode().encode()),
-        "/configz": lambda: Reply(200, "application/json", configuration().encode()),
+        "/healthz": ok,
+        "/livez": ok,
+        "/proxyMode": lambda: Reply(200, body=mode().encode(), headers=(NO_SNIFF,)),
+        "/configz": lambda: Reply(200, "application/json", configuration()),
     }
 
 
 def _stamp(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if seconds else ""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if seconds else "0001-01-01T00:00:00Z"

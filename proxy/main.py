@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import msgspec
+import yaml
 
-from proxy import flags
+from proxy import configfile, flags
 from proxy.cluster import KINDS
 from proxy.config import ConfigError, Settings
 from proxy.engine import Engine, Follower
@@ -24,11 +26,12 @@ from proxy.node_setup import prepare
 from proxy.plan import Family
 from proxy.service_health import ServiceHealth
 from proxy.snapshot import StateFile
+from proxy.zpages import zpages_routes
 from pynet.daemon import lifecycle, logs, privileges
 from pynet.daemon.http import BindError, Reply, Server, serve
 from pynet.daemon.loop import BoundedRunner
 from pynet.kernel import sysctl
-from pynet.objects import Node
+from pynet.sources.events import Events
 from pynet.sources.flags import NoSource, events_from, source_from
 
 log = logs.get(__name__)
@@ -53,13 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ignored:
         log.info("flags without meaning here are ignored", extra=logs.fields(flags=" ".join(ignored)))
     if args.write_config_to:
-        args.write_config_to.write_text(configuration(settings))
-        return 0
+        return write_config(args, settings)
     if args.cleanup:
         return cleanup(settings)
+    prepare(settings)
     if args.init_only:
-        prepare(settings)
         return 0
+    return run(args, settings)
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Serve until told to stop; return the exit code."""
     try:
         source = source_from(args, KINDS, node=settings.node_name)
         events = events_from(args, "pyproxy", settings.node_name)
@@ -67,29 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NoSource, ApplyError) as error:
         log.error(str(error))
         return 2
-    prepare(settings)
     if settings.drop_privileges and not privileges.keep_only(NEEDED):
         log.debug("privileges stay as they are: CAP_SETPCAP is missing")
     stop = lifecycle.stop_on_signals()
     metrics = Metrics()
     families = families_of_host()
     engine: Engine
-
-    def node() -> Node | None:
-        return engine.cluster.node
-
-    health = Health(families, settings.sync_seconds, node)
+    health = Health(families, settings.sync_seconds, lambda: engine.cluster.node)
     runner = BoundedRunner(
         lambda: engine.work(),
         min_interval=settings.min_sync_seconds,
         max_interval=_TICK_SECONDS,
         retry=_RETRY_SECONDS,
     )
-
-    cleaner = Cleaner(metrics)
     service_health = ServiceHealth(settings.node_name, health.is_healthy, events)
     holder = Holder(events)
-    followers: list[Follower] = [cleaner, service_health, Watchdog()]
+    followers: list[Follower] = [Cleaner(metrics), service_health, Watchdog()]
     if settings.hold_node_ports:
         followers.append(holder)
     if args.config is not None:
@@ -113,20 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         snapshots=StateFile(Path(settings.state_file)) if settings.state_file else None,
         first_written=first_written,
     )
-    metrics.mode.labels(mode.name, settings.mode).set(1)
-    if mode.name != settings.mode:
-        events.emit(
-            "ModeFallback", f"mode {settings.mode} cannot run on this node's kernel: {mode.name} is used instead"
-        )
+    tell_mode(settings, mode, metrics, events)
     try:
-        servers = [
-            serve_or_tell(settings, settings.healthz_bind, health_routes(health, metrics)),
-            serve_or_tell(
-                settings,
-                settings.metrics_bind,
-                metrics_routes(health, metrics, lambda: mode.name, lambda: configuration(settings)),
-            ),
-        ]
+        servers = served(args, settings, mode, health, metrics)
     except BindError as error:
         log.error(str(error))
         return 2
@@ -137,10 +126,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     service_health.close()
     holder.close()
     for server in servers:
-        if server:
-            server.close()
+        server.close()
     events.close()
     return 0
+
+
+def tell_mode(settings: Settings, mode: Mode, metrics: Metrics, events: Events) -> None:
+    """Say which mode is in use, and that it is another than the one asked for; begin to count."""
+    metrics.begin(families_of_host(), mode.name)
+    metrics.mode.labels(mode.name, settings.mode).set(1)
+    if isinstance(mode, CountsPackets):
+        metrics.count_packets(mode.packets)
+    if mode.name != settings.mode:
+        events.emit(
+            "ModeFallback", f"mode {settings.mode} cannot run on this node's kernel: {mode.name} is used instead"
+        )
+
+
+def served(
+    args: argparse.Namespace, settings: Settings, mode: Mode, health: Health, metrics: Metrics
+) -> Sequence[Server]:
+    """Begin to answer on the health and the metrics address. Raise `BindError` where a failure is to be one."""
+    asked = metrics_routes(metrics, lambda: mode.name, lambda: configuration(args, settings))
+    asked |= zpages_routes(flags.in_use(args, settings), tuple(asked))
+    pairs = ((settings.healthz_bind, health_routes(health, metrics)), (settings.metrics_bind, asked))
+    return [server for bind, routes in pairs if (server := serve_or_tell(settings, bind, routes))]
+
+
+@runtime_checkable
+class CountsPackets(Protocol):
+    """A mode that counts packets in the kernel: the iptables mode."""
+
+    def packets(self, what: str) -> int | None:
+        """Return how many packets a constant rule has seen, of one of `metrics.PACKETS`; None: no such rule stands."""
 
 
 @runtime_checkable
@@ -203,9 +221,27 @@ def families_of_host() -> tuple[Family, ...]:
     return (Family.V4, Family.V6) if Path("/proc/self/net/if_inet6").exists() else (Family.V4,)
 
 
-def configuration(settings: Settings) -> str:
-    """Return the settings in use, as JSON."""
-    return msgspec.json.format(msgspec.json.encode(settings)).decode() + "\n"
+def configuration(args: argparse.Namespace, settings: Settings) -> bytes:
+    """Return the settings in use as JSON: kube-proxy's document under its name for it, and all of ours."""
+    document = configfile.plain(configfile.document_from(settings, client_of(args)))
+    return msgspec.json.format(msgspec.json.encode({"kubeproxy.config.k8s.io": document, "pynet": settings})) + b"\n"
+
+
+def write_config(args: argparse.Namespace, settings: Settings) -> int:
+    """Write the settings in use as a file that --config takes; return the exit code."""
+    document = configfile.plain(configfile.document_from(settings, client_of(args)))
+    try:
+        args.write_config_to.write_text(yaml.safe_dump(document, sort_keys=False))
+    except OSError as error:
+        print(f"pyproxy: --write-config-to {args.write_config_to}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def client_of(args: argparse.Namespace) -> configfile.ClientConnection:
+    """Return how the API server is reached, as the configuration file says it."""
+    kubeconfig = str(args.kubeconfig) if args.kubeconfig else ""
+    return configfile.ClientConnection(kubeconfig=kubeconfig, qps=args.kube_api_qps, burst=args.kube_api_burst)
 
 
 def remove_other_modes(settings: Settings, current: Mode) -> None:

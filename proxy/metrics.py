@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from proxy.plan import Family
 
 _SYNC_BUCKETS = [0.001 * 2**power for power in range(15)]
 _PROGRAMMING_BUCKETS = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)]
 _FAMILY = ["ip_family"]
+# what a mode's constant rules count: kube-proxy's names, read when they are asked for
+PACKETS = {
+    "iptables_ct_state_invalid_dropped_packets": "Packets that conntrack calls invalid, dropped when forwarded",
+    "iptables_localhost_nodeports_accepted_packets": "Connections to node ports on loopback addresses",
+}
+
+
+class _Packets(Collector):
+    """Counters that the kernel keeps."""
+
+    def __init__(self, packets: Callable[[str], int | None]) -> None:
+        self._packets = packets
+
+    def describe(self) -> Iterable[Metric]:
+        return [CounterMetricFamily(f"kubeproxy_{name}", text) for name, text in PACKETS.items()]
+
+    def collect(self) -> Iterable[Metric]:
+        for name, text in PACKETS.items():
+            count = self._packets(name)
+            yield CounterMetricFamily(f"kubeproxy_{name}", text, value=count)
 
 
 class Metrics:
@@ -91,3 +117,37 @@ class Metrics:
         self.drift = Counter("pyproxy_drift", "Differences that an audit repaired", registry=registry)
         self.tampered = Counter("pyproxy_tampered", "Times that our rules were found removed", registry=registry)
         self.contests = Gauge("pyproxy_contested_frontends", "Addresses that two Services claim", registry=registry)
+
+    def begin(self, families: Iterable[Family], mode: str) -> None:
+        """Let everything be counted from zero that `mode` counts: what is not there cannot be asked for its rate."""
+        of_mode = {
+            "iptables": (self.iptables_failures, self.iptables_partial_failures),
+            "nftables": (self.nftables_failures, self.nftables_cleanup_failures),
+        }
+        always = (
+            self.sync_seconds, self.full_sync_seconds, self.partial_sync_seconds, self.programming_seconds,
+            self.last_sync, self.last_queued, self.endpoint_changes, self.service_changes,
+            self.endpoint_changes_pending, self.service_changes_pending, self.conntrack_seconds, self.conntrack_deleted,
+        )  # fmt: skip
+        for family in families:
+            for metric in (*always, *of_mode.get(mode, ())):
+                metric.labels(family.value)
+        for code in ("200", "503"):
+            self.healthz.labels(code)
+            self.livez.labels(code)
+
+    def count_packets(self, packets: Callable[[str], int | None]) -> None:
+        """Ask `packets` for each of `PACKETS` whenever the metrics are read."""
+        self.registry.register(_Packets(packets))
+
+    def changed(self, family: Family, services: int, endpoints: int) -> None:
+        """Count changes of objects that came in and are not written yet."""
+        self.service_changes.labels(family.value).inc(services)
+        self.service_changes_pending.labels(family.value).inc(services)
+        self.endpoint_changes.labels(family.value).inc(endpoints)
+        self.endpoint_changes_pending.labels(family.value).inc(endpoints)
+
+    def nothing_pending(self, family: Family) -> None:
+        """Note that all changes are written."""
+        self.service_changes_pending.labels(family.value).set(0)
+        self.endpoint_changes_pending.labels(family.value).set(0)

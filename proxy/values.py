@@ -1,4 +1,4 @@
-"""How Go's flags spell durations and booleans, read. Pure."""
+"""How Go's flags spell durations and booleans, read and written. Pure."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ def gates(text: str) -> dict[str, bool]:
             raise ValueError(f"expected NAME=true or NAME=false, found {part!r}")
         found[name.strip()] = boolean(value.strip())
     return found
+
+
+def spelled(value: object, *, is_duration: bool = False) -> str:
+    """Return a setting as a flag spells it: `true`, `30s`, `a,b`; empty where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return ",".join(f"{name}={spelled(each)}" for name, each in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if is_duration and isinstance(value, int | float):
+        return f"{value:g}s"
+    return str(value)

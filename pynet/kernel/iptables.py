@@ -29,6 +29,7 @@ _TARGET_HEAD = 32  # of struct xt_standard_target: the verdict follows
 _HINTS = re.compile(r"^:(KUBE-IPTABLES-HINT|KUBE-KUBELET-CANARY) ", re.MULTILINE)
 _TABLE = re.compile(r"^\*", re.MULTILINE)
 _LINE = re.compile(r"(?:line:? )(\d+)")
+_COUNT = re.compile(r" -c (\d+) \d+( |$)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -84,6 +85,13 @@ class Tool:
             if any(words in str(error) for words in absent):
                 return []
             raise
+
+    def packets(self, table: str, chain: str) -> list[tuple[str, int]]:
+        """Return one chain's rules, each with how many packets it has seen. Raise `IptablesError`."""
+        if self.backend == "legacy" and table not in _legacy_tables(self.version):
+            return []
+        lines = _run([self._stem, *self._wait(), "-t", table, "-v", "-S", chain]).splitlines()
+        return [(line, int(found[1])) for line in lines if (found := _COUNT.search(line))]
 
     def change(self, table: str, arguments: list[str]) -> None:
         """Run one command, as `["-I", "INPUT", …]`. Raise `IptablesError`."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from proxy import flags
 from proxy.config import ConfigError, Settings, surroundings
+from proxy.main import write_config
 from proxy.plan import Family, LocalDetector, LocalKind
 from proxy.values import boolean, duration
 from pynet.objects import Metadata, Node, NodeAddress, NodeSpec, NodeStatus
@@ -201,3 +203,28 @@ def test_booleans() -> None:
     assert not boolean("F")
     with pytest.raises(ValueError):
         boolean("yes")
+
+
+def test_the_file_that_is_written_means_the_same_when_it_is_read(tmp_path: Path) -> None:
+    kubeadm, written = tmp_path / "kubeadm", tmp_path / "written"
+    kubeadm.write_text(KUBEADM)
+    for arguments in ([], ["--config", str(kubeadm)], ["--mode=nftables", "--conntrack-tcp-be-liberal", "-v2"]):
+        given = ["--hostname-override=n1", "--nodeport-addresses=primary,10.0.0.0/8", "--conntrack-min=7", *arguments]
+        args, expected = flags.parse([*given, "--write-config-to", str(written)])
+        assert write_config(args, expected) == 0
+        found = flags.parse(["--config", str(written)])[1]
+        assert msgspec.structs.replace(found, mode_is_default=expected.mode_is_default) == expected
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_config(*flags.parse(["--write-config-to", str(tmp_path / "no" / "such")])) == 2
+    assert "no/such: No such file or directory" in capsys.readouterr().err
+
+
+def test_every_flag_and_the_value_in_use() -> None:
+    args, found = flags.parse(["--cluster-cidr=10.0.0.0/8,fd00::/8", "--iptables-sync-period=1m", "--masquerade-all"])
+    shown = flags.in_use(args, found)
+    assert {"cluster-cidr": "10.0.0.0/8,fd00::/8", "iptables-sync-period": "60s", "masquerade-all": "true"}.items() <= (
+        shown.items()
+    )
+    assert (shown["config"], shown["mode"], shown["oom-score-adj"]) == ("", "iptables", "-999")

@@ -25,6 +25,21 @@ from support.servicenet import REFUSED, ServiceNet, inside
 
 pytestmark = pytest.mark.root
 
+# kube-proxy 1.36, as it counts in iptables mode
+KUBE_PROXY_METRICS = [
+    *(f"kubeproxy_sync_{which}proxy_rules_duration_seconds_bucket" for which in ("", "full_", "partial_")),
+    "kubeproxy_sync_proxy_rules_last_timestamp_seconds", "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+    "kubeproxy_network_programming_duration_seconds_bucket",
+    *(f"kubeproxy_sync_proxy_rules_{what}_changes_{how}"
+      for what in ("endpoint", "service") for how in ("pending", "total")),
+    *(f"kubeproxy_sync_proxy_rules_iptables_{what}"
+      for what in ("total", "last", "restore_failures_total", "partial_restore_failures_total")),
+    "kubeproxy_sync_proxy_rules_no_local_endpoints_total", "kubeproxy_proxy_healthz_total",
+    "kubeproxy_proxy_livez_total", "kubeproxy_conntrack_reconciler_sync_duration_seconds_bucket",
+    "kubeproxy_conntrack_reconciler_deleted_entries_total",
+    "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
+    "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
+]  # fmt: skip
 VIP, PORT, NODE_PORT = "10.96.0.1", 80, 30080
 HERE, FAR = ("10.244.1.2", "10.244.1.3"), "10.244.2.2"
 
@@ -211,9 +226,18 @@ def test_a_start_changes_and_a_broken_file(net: ServiceNet, daemon: Daemon) -> N
     daemon.start()
     assert daemon.get("/proxyMode") == (200, "iptables")
     assert daemon.get("/livez", 10256)[0] == 200
-    assert json.loads(daemon.get("/configz")[1])["node_name"] == "node"
-    assert daemon.get("/metrics")[0] == 200
+    configz = json.loads(daemon.get("/configz")[1])
+    assert configz["pynet"]["node_name"] == configz["kubeproxy.config.k8s.io"]["hostnameOverride"] == "node"
+    assert daemon.get("/healthz") == (200, "ok"), "this address does not say how the node is"
+    assert "\nkube-proxy statusz\n" in daemon.get("/statusz")[1] and "\nUp: 0 hr 00 min " in daemon.get("/statusz")[1]
+    flagz = daemon.get("/flagz")[1].splitlines()
+    assert {"kube-proxy flags", "hostname-override=node", "proxy-mode=iptables", "conntrack-min=131072"} <= {*flagz}
     assert net.ask("outside", net["node"].v4, NODE_PORT) == ("pod1", "10.244.1.1")
+    assert net.ask("node", "127.0.0.1", NODE_PORT).server == "pod1"
+    counted = daemon.get("/metrics")[1]
+    assert {name for name in KUBE_PROXY_METRICS if not re.search(rf"^{name}[{{ ]", counted, re.MULTILINE)} == set()
+    assert daemon.metric("kubeproxy_iptables_localhost_nodeports_accepted_packets_total") == 1
+    assert daemon.metric('kubeproxy_sync_proxy_rules_service_changes_pending{ip_family="IPv4"}') == 0
     daemon.apply("web", web(), pods(FAR))
     eventually(lambda: net.ask("pod1", VIP, PORT).server == "far")
     daemon.apply("web", web(), pods())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Drift, Written
 from proxy.plan import Family, Plan, PlanChange, ServerKey
 from proxy.snapshot import StateFile
-from pynet.objects import Object, Ref, Service
+from pynet.objects import Metadata, Node, NodeSpec, Object, Ref, Service, Taint
 from pynet.sources import Batch
-from support.objects import piece, service
+from support.objects import endpoint, piece, service
 
 
 class Kernel:
@@ -308,3 +309,46 @@ def test_trigger_times_are_measured() -> None:
     bench.tell(piece("web", "10.1.0.7", trigger="2026-01-01T00:00:00Z"))
     name = "kubeproxy_network_programming_duration_seconds_count"
     assert bench.metrics.registry.get_sample_value(name, {"ip_family": "IPv4"}) == 1
+
+
+def test_health_is_told_as_kube_proxy_tells_it() -> None:
+    """Fresh `lastUpdated` while all is well; a node that is going is told by /healthz alone."""
+    bench = Bench()
+    bench.start(*web())
+    well = bench.health.healthz()
+    body = json.loads(well.body)
+    assert (well.status, well.content_type, dict(well.headers)["X-Content-Type-Options"]) == (
+        200, "application/json", "nosniff",
+    )  # fmt: skip
+    assert body["lastUpdated"] == body["currentTime"] and body["nodeEligible"] is True
+    assert body["status"]["IPv4"]["healthy"] is True and body["status"]["IPv4"]["lastUpdated"] <= body["currentTime"]
+    assert "nodeEligible" not in json.loads(bench.health.livez().body)
+    for metadata, spec in (
+        (Metadata(name="n1", deletion_timestamp="2026-01-01T00:00:00Z"), NodeSpec()),
+        (Metadata(name="n1"), NodeSpec(taints=(Taint("ToBeDeletedByClusterAutoscaler", effect="NoSchedule"),))),
+    ):
+        bench.tell(Node(metadata, spec))
+        gone = bench.health.healthz()
+        assert (gone.status, json.loads(gone.body)["nodeEligible"]) == (503, False)
+        assert json.loads(gone.body)["lastUpdated"] < json.loads(gone.body)["currentTime"]
+        assert bench.health.livez().status == 200
+    bench.tell(Node(Metadata(name="n1"), NodeSpec()))
+    assert bench.health.healthz().status == 200
+
+
+def test_ports_without_a_local_endpoint_are_counted_as_they_come_and_go() -> None:
+    bench = Bench()
+
+    def lacking(policy: str) -> float | None:
+        return bench.metrics.registry.get_sample_value(
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total", {"traffic_policy": policy, "ip_family": "IPv4"}
+        )
+
+    bench.start(service("a", "10.0.0.1", internalTrafficPolicy="Local"), piece("a", endpoint("10.1.0.1", "n2")))
+    assert (lacking("internal"), lacking("external")) == (1, 0)
+    bench.tell(service("b", "10.0.0.2", internalTrafficPolicy="Local"), piece("b", endpoint("10.1.0.2", "n2")))
+    assert lacking("internal") == 2
+    bench.tell(piece("a", endpoint("10.1.0.3", "n1")))
+    assert lacking("internal") == 1
+    bench.tell(deletes=(Ref("Service", "default", "b"),))
+    assert lacking("internal") == 0

@@ -41,6 +41,11 @@ JUMPS = (
     ("filter", "FORWARD", "PYNET-FORWARD"),
     ("filter", "OUTPUT", "PYNET-OUTPUT"),
 )
+# what is counted, by the metric's name: table, chain, and what tells the rule there
+COUNTING = {
+    "iptables_ct_state_invalid_dropped_packets": ("filter", "PYNET-FORWARD", "--ctstate INVALID"),
+    "iptables_localhost_nodeports_accepted_packets": ("nat", "PYNET-POSTROUTING", "--ctorigdst 127.0.0.0/8"),
+}
 _LOOPBACK = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
 # Classic BPF that says "source equals destination": words of the IP header, 12 and 16; in IPv6 8… and 24….
 _SAME_ADDRESS = {
@@ -213,6 +218,7 @@ def _constant_nat(family: Family, settings: NodeSettings) -> Chains:
         "PYNET-REJECT": [_mark(refuse, both), "-j ACCEPT"],
         "PYNET-DROP": [_mark(both, both), "-j ACCEPT"],
         "PYNET-POSTROUTING": [
+            *(["-m conntrack --ctstate DNAT --ctorigdst 127.0.0.0/8"] if uses_loopback(family, settings) else []),
             f'-m conntrack --ctstate DNAT -m bpf --bytecode "{_SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
             f"-m mark ! --mark {masquerade:#x}/{masquerade:#x} -j RETURN",
             _mark(masquerade, 0),

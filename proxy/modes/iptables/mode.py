@@ -107,6 +107,21 @@ class IptablesMode:
             for table, count in watcher.rules.items()
         }
 
+    def packets(self, what: str) -> int | None:
+        """Return how many packets the rules of `layout.COUNTING` have seen; None: none stands. From any thread."""
+        table, chain, match = layout.COUNTING[what]
+        try:
+            counts = [
+                count
+                for family in list(self._standing)
+                for rule, count in self._tool(family).packets(table, chain)
+                if match in rule
+            ]
+        except IptablesError as error:
+            log.debug("packets cannot be counted", extra=logs.fields(what=what, error=error))
+            return None
+        return sum(counts) if counts else None
+
     def cleanup(self) -> None:
         """Remove our chains and jumps from both back ends."""
         for backend in BACKENDS:

@@ -65,6 +65,8 @@ class Ruleset:
                 raise UnknownRule(line)
 
     def _known_target(self, chains: dict[str, list[str]], rule: str) -> None:
+        if "-j " not in rule:  # it counts
+            return
         target = rule.partition("-j ")[2].split(" ")[0]
         assert target in chains or target in _TARGETS, f"{target} of {rule!r} is not there"
 
@@ -130,6 +132,8 @@ class Ruleset:
 
     def _target(self, table: str, words: list[str], state: State) -> Iterator[Way]:
         match words:
+            case []:
+                yield Fraction(1), state, ""
             case ["ACCEPT" | "DROP" | "RETURN" as word]:
                 yield Fraction(1), state, word.lower()
             case ["REJECT", "--reject-with", "tcp-reset" | "icmp-port-unreachable" | "icmp6-port-unreachable"]:
@@ -245,6 +249,7 @@ _MATCHES: tuple[tuple[tuple[str | None, ...], Match], ...] = (
     (("-m", "addrtype", "!", "--src-type", "LOCAL"), lambda r, s: not _is_local(r, s.source)),
     (("-m", "mark", "--mark", None), _mark),
     (("-m", "mark", "!", "--mark", None), lambda r, s, both: not _mark(r, s, both)),
+    (("-m", "conntrack", "--ctstate", "DNAT", "--ctorigdst", None), lambda *_: True),  # of a rule that counts
     (("-m", "conntrack", "--ctstate", None), _ct),
     (("-m", "conntrack", "!", "--ctstate", None), lambda r, s, states: not _ct(r, s, states)),
     (("-m", "bpf", "--bytecode", None), _bpf),
