@@ -5,67 +5,18 @@ Each call is a process of its own, forked from one that has everything loaded: s
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.cni import CniFailure, Pod, Runtime, links, residue
-from support.netns import Names, Namespace
+from support.cni import CniFailure, Forking, Pod, Runtime, links, residue
+from support.netns import Names
 
 pytestmark = pytest.mark.root
 
 SOURCES = Path(__file__).resolve().parents[2] / "cni"
-FORKING = """
-import json, os, sys
-from cni import ctl, verbs
-from cni.context import Context
-for line in sys.stdin:
-    environment, stdin = json.loads(line)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        ctl._KILL_AT = environment.pop("PYNET_CNI_KILL_AT", "")
-        context = Context()
-        answer = verbs.serve(environment, stdin.encode(), context)
-        context.close()
-        os.write(writing, answer.output.encode())
-        os._exit(answer.code)
-    os.close(writing)
-    with open(reading) as pipe:
-        output = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps([status, output]), flush=True)
-"""
-
-
-class Forking(Runtime):
-    """Calls the plugin in children of one process."""
-
-    def __init__(self, host: Namespace, state: Path) -> None:
-        super().__init__(host, state)
-        self._parent = host.start(
-            sys.executable, "-c", FORKING, cwd=SOURCES.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def call(
-        self, command: str, conf: Any, container: str = "", netns: str = "", ifname: str = "eth0",
-        env: dict[str, str] | None = None, program: Path | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        environment = self.environment(command, container, netns, ifname, env)
-        assert self._parent.stdin is not None
-        assert self._parent.stdout is not None
-        self._parent.stdin.write(json.dumps([environment, json.dumps(conf)]) + "\n")
-        self._parent.stdin.flush()
-        status, output = json.loads(self._parent.stdout.readline())
-        if status:
-            raise CniFailure(status, output, "")
-        found: dict[str, Any] = json.loads(output) if output else {}
-        return found
 
 
 def steps(verb: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,27 @@ from support.netns import Names, Namespace, programs
 NSENTER = shutil.which("nsenter") or "nsenter"
 REFERENCE = Path("/usr/lib/cni")
 _ids = itertools.count()
+FORKING = """
+import json, os, sys
+from cni import ctl, verbs
+from cni.context import Context
+for line in sys.stdin:
+    environment, stdin = json.loads(line)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        ctl._KILL_AT = environment.pop("PYNET_CNI_KILL_AT", "")
+        context = Context()
+        answer = verbs.serve(environment, stdin.encode(), context)
+        context.close()
+        os.write(writing, answer.output.encode())
+        os._exit(answer.code)
+    os.close(writing)
+    with open(reading) as pipe:
+        output = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([status, output]), flush=True)
+"""
 
 
 class CniFailure(Exception):
@@ -75,6 +97,36 @@ class Runtime:
             "CNI_IFNAME": ifname, "CNI_PATH": f"{programs()}:{REFERENCE}",
         } | (env or {})  # fmt: skip
         return {key: value for key, value in found.items() if value}
+
+
+class Forking(Runtime):
+    """Calls the plugin in children of one process that has everything loaded: ten times faster than the executable."""
+
+    def __init__(self, host: Namespace, state: Path) -> None:
+        super().__init__(host, state)
+        self._parent = host.start(
+            sys.executable,
+            "-c",
+            FORKING,
+            cwd=Path(__file__).resolve().parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def call(
+        self, command: str, conf: Any, container: str = "", netns: str = "", ifname: str = "eth0",
+        env: dict[str, str] | None = None, program: Path | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        environment = self.environment(command, container, netns, ifname, env)
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps([environment, json.dumps(conf)]) + "\n")
+        self._parent.stdin.flush()
+        status, output = json.loads(self._parent.stdout.readline())
+        if status:
+            raise CniFailure(status, output, "")
+        found: dict[str, Any] = json.loads(output) if output else {}
+        return found
 
 
 class Pod:
