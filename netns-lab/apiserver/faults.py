@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
+from apiserver import errors
 from apiserver.errors import ApiError
 
 
@@ -74,3 +78,45 @@ class Script:
                         self._faults.remove(fault)
                     return fault
         return None
+
+
+@dataclass(frozen=True)
+class End:
+    """How a watch ends before its time: `last` lines are still sent, `rest` is cut in half; `stall`: silence after."""
+
+    last: list[bytes]
+    rest: bytes = b""
+    stall: bool = False
+
+
+def troubled(lines: Iterator[list[bytes]], fault: Fault) -> Iterator[list[bytes] | End]:
+    """Yield the lines of a watch with what the fault does to them."""
+    sent = 0
+    held: list[bytes] = []
+    for batch in lines:
+        if fault.quiet:
+            batch = [line for line in batch if b'"BOOKMARK"' not in line[:24]]
+        if fault.duplicate:
+            batch = [copy for line in batch for copy in (line, line)]
+        if fault.swap:
+            held += batch
+            pairs = len(held) // 2 * 2
+            batch = [line for at in range(0, pairs, 2) for line in (held[at + 1], held[at])]
+            held = held[pairs:]
+        if fault.ends_watch and sent + len(batch) >= fault.after:
+            room = fault.after - sent
+            yield _ending(batch[:room], batch[room:], fault)
+            return
+        sent += len(batch)
+        yield batch
+
+
+def _ending(sent: list[bytes], left: list[bytes], fault: Fault) -> End:
+    if fault.gone:
+        gone = errors.expired("too old resource version: 1 (2)").status()
+        return End([*sent, b'{"type":"ERROR","object":' + msgspec.json.encode(gone) + b"}\n"])
+    if fault.garbage:
+        return End([*sent, b'{"type":"ADDED","object":{"metadata"}\n'])
+    if fault.cut:
+        return End(sent, left[0] if left else b'{"type":"MODIFIED","object":{"kind"' * 2)
+    return End(sent, stall=fault.stall)

@@ -298,7 +298,7 @@ def test_a_storm_of_errors_is_told_once_a_reason_and_met_with_patience(
     consumer = Consumer(server)
     try:
         consumer.wait({"a"})
-        before = len(consumer.batches)
+        before = consumer.changes
         storm = [ApiError(500, "InternalError", f"etcd {number}") for number in range(20)]
         for error in (*storm, ApiError(403, "Forbidden", "no")):
             server.faults.add(Fault("services", error=error))
@@ -309,7 +309,7 @@ def test_a_storm_of_errors_is_told_once_a_reason_and_met_with_patience(
         assert [reason[:3] for reason in told if reason[:1].isdigit()] == ["500", "403"]
         lists = [each for each in server.requests if each.plural == "services" and not each.query["resourceVersion"]]
         assert len(lists) == 1, "it is followed from where we were"
-        assert len(consumer.batches) == before + 1
+        assert consumer.changes == before + 1
     finally:
         consumer.close()
 
