@@ -146,9 +146,14 @@ def member_of(node: Node, assigned: tuple[str, ...] = ()) -> Member:
 
 
 class Claims:
-    """Who holds which pod CIDR, no two of them overlapping. Found by address in a time that does not grow."""
+    """Who holds which pod CIDR, no two of them overlapping. Found by address in a time that does not grow.
 
-    def __init__(self) -> None:
+    `nodes`: all nodes' addresses.
+    """
+
+    def __init__(self, nodes: Iterable[str] = ()) -> None:
+        self._nodes = {number_of(address): address for address in nodes}
+        self._numbers = sorted(self._nodes)
         self._firsts: list[int] = []
         self._by_first: dict[int, tuple[Claim, str]] = {}
 
@@ -160,6 +165,11 @@ class Claims:
             if claim.last >= first:
                 return claim, name
         return None
+
+    def nodes_in(self, claim: Claim) -> list[str]:
+        """Return the nodes' addresses that lie in a CIDR."""
+        found = self._numbers[bisect_left(self._numbers, claim.first) : bisect_right(self._numbers, claim.last)]
+        return [self._nodes[number] for number in found]
 
     def all(self) -> tuple[Claim, ...]:
         """Return every claim."""
@@ -185,12 +195,10 @@ def settle(members: Iterable[Member], own: str) -> tuple[Claims, tuple[Problem, 
     by_rank = sorted(members, key=lambda member: member.name)
     by_rank.sort(key=lambda member: member.created, reverse=True)
     by_rank.sort(key=lambda member: member.name != own)
-    node_addresses = sorted({number_of(address) for member in by_rank for address in member.addresses})
-    claims, problems = Claims(), []
+    claims, problems = Claims(address for member in by_rank for address in member.addresses), []
     for member in by_rank:
         for claim in member.claims:
-            at = bisect_left(node_addresses, claim.first)
-            if at < len(node_addresses) and node_addresses[at] <= claim.last:
+            if claims.nodes_in(claim):
                 reason = f"spec.podCIDRs: {claim.cidr} holds a node's address: its route would cut that node off"
                 problems.append(Problem(f"Node {member.name}", reason))
                 continue

@@ -145,7 +145,7 @@ def wanted(members: Mapping[str, Member], settings: Settings, state: NetState) -
     for name in sorted(members):
         if name != settings.name:
             reaches += _reaches(members[name], here, claims)
-    refusing, cut_off = _refusing(members.values(), here)
+    refusing, cut_off = _refusing(claims, here)
     blocked, problems = _in_the_way(reaches, refusing, foreign, claims, settings)
     reaches = [_blocked(reach, blocked) for reach in reaches]
     if settings.name not in members:
@@ -172,18 +172,17 @@ def unclaimed(cluster_cidrs: Iterable[str]) -> list[Route]:
     return [Route(cidr, "unreachable", metric=UNCLAIMED_METRIC, protocol=PROTOCOL) for cidr in cluster_cidrs]
 
 
-def _refusing(members: Iterable[Member], here: _Here) -> tuple[list[Route], tuple[Problem, ...]]:
+def _refusing(claims: Claims, here: _Here) -> tuple[list[Route], tuple[Problem, ...]]:
     """Return `unclaimed` routes, but for those that would refuse packets to a node as well, which are told."""
     routes, problems = [], []
     for route in unclaimed(here.settings.cluster_cidrs):
-        space = claim_of(route.dst)
         length = int(route.dst.rpartition("/")[2])
-        inside = ((m, a) for m in members for a in (m.v4, m.v6) if a and space.first <= number_of(a) <= space.last)
-        cut_off = next(((m, a) for m, a in inside if here.fib.length(a) < length), None)
+        inside = claims.nodes_in(claim_of(route.dst))
+        cut_off = next((address for address in inside if here.fib.length(address) < length), None)
         if cut_off is None:
             routes.append(route)
             continue
-        reason = f"an unreachable route for it would cut off Node {cut_off[0].name}, {cut_off[1]}: none is made"
+        reason = f"an unreachable route for it would cut off the node {cut_off}: none is made"
         problems.append(Problem(f"--cluster-cidr {route.dst}", reason))
     return routes, tuple(problems)
 
@@ -196,16 +195,19 @@ class _Here:
         self.links: dict[str, Link] = {link.name: link for link in state.links}
         found = {family: _underlay(own, family, state, fib, self.links) for family in (own.prefers, 10 - own.prefers)}
         self.underlay: dict[int, Underlay] = {family: place for family, place in found.items() if place}
+        self._meets: dict[tuple[int, bool, bool], int] = {}
 
     def meets(self, peer: Member) -> int:
         """Return the family of the underlay by which this node and a peer send VXLAN to each other, or 0. Both decide
         the same from the two Nodes: what one preferred alone would arrive where no device listens.
         """
-        own = self.own
-        both = [f for f in (4, 6) if f in self.underlay and peer.address(f) and (own.address(f) or not own.addresses)]
-        if own.prefers == peer.prefers and own.prefers in both:
-            return own.prefers
-        return both[0] if both else 0
+        key = (peer.prefers, peer.v4 != "", peer.v6 != "")
+        if key not in self._meets:
+            own = self.own
+            both = [f for f in self.underlay if peer.address(f) and (own.address(f) or not own.addresses)]
+            same = own.prefers == peer.prefers and own.prefers in both
+            self._meets[key] = own.prefers if same else min(both, default=0)
+        return self._meets[key]
 
     def mtu_to(self, route: Route) -> int:
         """Return the largest packet that fits the way that `route` starts."""
@@ -273,7 +275,9 @@ def _direct(peer: Member, claim: Claim, address: str, hop: Route, here: _Here) -
 def _overlay(peer: Member, claim: Claim, why: str, here: _Here) -> Reach:
     family = here.meets(peer)
     if not here.settings.vxlan:
-        return Reach(peer.name, peer.address(claim.family), claim.cidr, "none", f"{why}, and this kernel has no VXLAN")
+        return Reach(
+            peer.name, peer.address(claim.family), claim.cidr, "none", f"{why}, and no VXLAN device could be made"
+        )
     if family and (link := here.links.get(DEVICES[family])) and link.kind != "vxlan":
         reason = f"{why}, and a foreign link has the name of our VXLAN device, {link.name}: rename it"
         return Reach(peer.name, peer.address(claim.family), claim.cidr, "none", reason)

@@ -218,7 +218,7 @@ def test_the_unclaimed_space_holds_no_node_that_only_a_wider_route_reaches(clust
     assert (cluster in {route.dst for route in want.routes}) == made
     said = [each.reason for each in want.problems if each.object == f"--cluster-cidr {cluster}"]
     assert bool(said) == (not made)
-    assert made or said[0].startswith("an unreachable route for it would cut off Node far, 192.168.2.2")
+    assert made or said[0].startswith("an unreachable route for it would cut off the node 192.168.2.2")
 
 
 def test_a_default_route_without_a_next_hop_makes_nobody_a_neighbour() -> None:
