@@ -19,7 +19,7 @@ from cni.node.routes import DEVICES, PROTOCOL, Settings, Wanted, describe, wante
 from pynet.daemon import logs
 from pynet.kernel.netlink import NetlinkError
 from pynet.kernel.routes import Change, Refused, Rtnetlink
-from pynet.netstate import NetState, Route
+from pynet.netstate import NetState, Route, family_of
 
 log = logs.get(__name__)
 _LISTED = 20  # so many changed routes are logged one by one, more of them as a number
@@ -65,6 +65,11 @@ class Ways:
                 self._settings = settings
             want = wanted(members, settings, state)
         if changed:
+            state = kernel.read(overlays=DEVICES.values())
+            want = wanted(members, self._settings, state)
+        if joined := _joined(want, state):
+            # what is left without our next hop says whose it is
+            kernel.delete(joined)
             state = kernel.read(overlays=DEVICES.values())
             want = wanted(members, self._settings, state)
         changes = difference(want, state)
@@ -115,6 +120,18 @@ class Ways:
                 continue
             for route in done:
                 log.info(f"route {verb}", extra=logs.fields(route=describe(route), repaired=repaired))
+
+
+def _joined(want: Wanted, state: NetState) -> list[Route]:
+    """Return the wanted routes that another hand appended one of its own to: IPv6 makes them one of several next hops,
+    which carries our protocol number whoever appended.
+    """
+    several = {
+        (route.dst, route.metric)
+        for route in state.routes
+        if route.protocol == PROTOCOL and route.via == "multipath" and family_of(route.dst) == 6
+    }
+    return [route for route in want.routes if (route.dst, route.metric) in several] if several else []
 
 
 def _left(want: Wanted, state: NetState) -> NetState:

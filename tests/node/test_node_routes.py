@@ -121,6 +121,23 @@ def test_a_foreign_route_in_the_way_stays_and_is_told(own: Machine) -> None:
     assert own.peers()["10.244.2.0/24"] == "direct"
 
 
+def test_a_foreign_route_appended_to_ours_stays_and_is_told(own: Machine) -> None:
+    """IPv6 shows both as one route of two next hops, with our protocol number."""
+    near(own, 2)
+    own.start("--resync-period=1h")
+    foreign = ["fd00:244:2::/64", "via", "fd01:1::88"]
+    own.ip_command("-6", "route", "append", *foreign)
+    until("told", lambda: "in the way: fd00:244:2::/64 via fd01:1::88" in own.problems())
+    assert own.ip_command("-6", "route", "show", "fd00:244:2::/64").startswith(
+        "fd00:244:2::/64 via fd01:1::88 dev eth0"
+    )
+    own.ip_command("-6", "route", "del", *foreign)
+    ways_are(own, {"fd00:244:2::/64": "fd01:1::2 eth0"}, 6)
+    own.ip_command("-6", "route", "append", *foreign, "proto", "112")
+    until("what says that it is ours goes", lambda: "fd01:1::88" not in own.ip_command("-6", "route"))
+    ways_are(own, {"fd00:244:2::/64": "fd01:1::2 eth0"}, 6)
+
+
 def test_a_link_that_fails_and_heals(own: Machine) -> None:
     """The kernel takes the routes of a link that goes down, and tells nobody of it."""
     near(own, 2)
