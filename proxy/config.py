@@ -117,6 +117,8 @@ def checked(settings: Settings) -> Settings:
         raise ConfigError("--iptables-sync-period: must be above 0")
     if settings.min_sync_seconds > settings.sync_seconds:
         raise ConfigError("--iptables-min-sync-period: must not be longer than --iptables-sync-period")
+    if settings.oom_score_adj is not None and not -1000 <= settings.oom_score_adj <= 1000:
+        raise ConfigError(f"--oom-score-adj: expected -1000 to 1000, found {settings.oom_score_adj}")
     if settings.bind_address and canonical_address(settings.bind_address) is None:
         raise ConfigError(f"--bind-address: {settings.bind_address!r} is no IP address")
     if settings.iptables_backend not in ("", "legacy", "nft"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,21 @@ UNSET: Any = None
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """One flag. `setting`: the field of `Settings` (with a dot: of one of its parts); empty: accepted, no meaning."""
+    """One flag. `setting`: the field of `Settings` (with a dot: of one of its parts). `only_in`: has a meaning in that
+    mode alone, and there more weight than the flags before it.
+    """
 
     names: tuple[str, ...]
     setting: str
     read: Callable[[str], Any]
     help: str
     metavar: str = ""
+    only_in: str = ""
 
 
+_MODE = Flag(("--mode", "--proxy-mode"), "mode", str, f"how the kernel is programmed: {', '.join(MODES)}", "MODE")
 _KUBE = (
-    Flag(("--mode", "--proxy-mode"), "mode", str, f"how the kernel is programmed: {', '.join(MODES)}", "MODE"),
+    _MODE,
     Flag(("--hostname-override",), "node_name", str, "name of this node (default: the host's name)", "NAME"),
     Flag(("--bind-address",), "bind_address", str, "the node's own IP address, where the Node object is wrong", "IP"),
     Flag(("--healthz-bind-address",), "healthz_bind", str, "address of /healthz and /livez (0.0.0.0:10256)", "ADDR"),
@@ -73,14 +78,16 @@ _KUBE = (
         boolean,
         "node ports answer on 127.0.0.1 too (true)",
     ),
-    Flag(("--iptables-sync-period", "--ipvs-sync-period"), "sync_seconds", duration, "time between checks", "TIME"),
+    Flag(("--iptables-sync-period",), "sync_seconds", duration, "time between checks (30s)", "TIME"),
     Flag(
-        ("--iptables-min-sync-period", "--ipvs-min-sync-period"),
+        ("--iptables-min-sync-period",),
         "min_sync_seconds",
         duration,
         "least time from the end of one write to the next (100ms)",
         "TIME",
     ),
+    Flag(("--ipvs-sync-period",), "sync_seconds", duration, "the same in IPVS mode", "TIME", "ipvs"),
+    Flag(("--ipvs-min-sync-period",), "min_sync_seconds", duration, "the same in IPVS mode", "TIME", "ipvs"),
     Flag(("--ipvs-scheduler",), "ipvs.scheduler", str, "scheduler of the IPVS mode (rr)", "NAME"),
     Flag(("--ipvs-exclude-cidrs",), "ipvs.exclude_cidrs", texts, "virtual servers that are not ours", "CIDR,…"),
     Flag(("--ipvs-strict-arp",), "ipvs.strict_arp", boolean, "answer ARP only for addresses of the interface"),
@@ -160,6 +167,8 @@ _ACCEPTED = (
     "--show-hidden-metrics-for-version", "--log-flush-frequency", "--vmodule", "--alsologtostderr",
     "--log-dir", "--logtostderr", "--log-json-split-stream", "--log-json-info-buffer-size",
     "--log-text-split-stream", "--log-text-info-buffer-size", "--proxy-port-range", "--udp-timeout",
+    "--add-dir-header", "--log-backtrace-at", "--log-file", "--log-file-max-size", "--one-output", "--skip-headers",
+    "--skip-log-headers", "--stderrthreshold",
 )  # fmt: skip
 FLAGS = _KUBE + _OWN
 
@@ -178,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cleanup", nargs="?", const=True, type=boolean, help="remove all rules of pyproxy and exit")
     made.add_argument("--init-only", nargs="?", const=True, type=boolean, help="set sysctls and the like, and exit")
     for flag in FLAGS:
-        options: dict[str, Any] = {"type": _named(flag.read), "help": flag.help, "dest": flag.setting}
+        options: dict[str, Any] = {"type": _named(flag.read), "help": flag.help, "dest": flag.names[0]}
         if flag.read is boolean:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}
         else:
@@ -205,15 +214,25 @@ def _named(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
     """Return the command line and the settings it means. Raise `ConfigError`; exits on --help and usage errors."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_args([*map(dashed, sys.argv[1:] if arguments is None else arguments)])
     named: dict[str, Any] = {}
     if args.config is not None:
         document = configfile.read(args.config)
         named.update(configfile.settings_of(document))
         _source_from_file(args, document)
-    given = {flag.setting: getattr(args, flag.setting) for flag in FLAGS}
-    named.update((setting, value) for setting, value in given.items() if value is not None)
+    mode = getattr(args, _MODE.names[0]) or named.get("mode")
+    for flag in FLAGS:
+        value = getattr(args, flag.names[0])
+        is_given = value is not None and (value != "" or flag is not _MODE)  # kube-proxy: an empty mode is the default
+        if is_given and flag.only_in in ("", mode):
+            named[flag.setting] = value
     return args, checked(settings_from(named))
+
+
+def dashed(argument: str) -> str:
+    """Return an argument with `-` for `_` in a flag's name: kube-proxy takes both."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
 
 
 def settings_from(named: dict[str, Any]) -> Settings:
@@ -242,7 +261,7 @@ def in_use(args: argparse.Namespace, settings: Settings) -> dict[str, str]:
     found = {
         name.replace("_", "-"): spelled(value)
         for name, value in vars(args).items()
-        if not name.startswith("accepted ") and name not in {flag.setting for flag in FLAGS}
+        if not name.startswith("accepted ") and name not in {flag.names[0] for flag in FLAGS}
     }
     for flag in FLAGS:
         value: Any = settings

@@ -67,6 +67,10 @@ def settings(*arguments: str) -> Settings:
         (["--masquerade-all=false"], "masquerade_all", False),
         (["--iptables-sync-period", "1m30s"], "sync_seconds", 90.0),
         (["--iptables-min-sync-period=500ms"], "min_sync_seconds", 0.5),
+        (["--ipvs-sync-period=9s", "--iptables-sync-period=8s"], "sync_seconds", 8.0),
+        (["--ipvs-sync-period=9s", "--iptables-sync-period=8s", "--mode=ipvs"], "sync_seconds", 9.0),
+        (["--proxy-mode="], "mode", "iptables"),
+        (["--cluster_cidr=10.0.0.0/8", "--skip_headers", "--stderrthreshold=2"], "cluster_cidrs", ("10.0.0.0/8",)),
         (["--nodeport-addresses", "primary,10.0.0.5/8"], "node_port_addresses", ("primary", "10.0.0.0/8")),
         (["--iptables-localhost-nodeports=false"], "localhost_node_ports", False),
         (["--conntrack-max-per-core", "0"], "conntrack.max_per_core", 0),
@@ -100,6 +104,7 @@ def test_flags_of_kube_proxy_without_meaning_are_accepted(flag: str) -> None:
         (["--iptables-backend=bpf"], "--iptables-backend"),
         (["--bind-address=host"], "--bind-address"),
         (["--iptables-sync-period=0s"], "--iptables-sync-period"),
+        (["--oom-score-adj=-1001"], "--oom-score-adj"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], said: str) -> None:
