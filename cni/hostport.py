@@ -13,7 +13,8 @@ from cni.netconf import PROTOCOLS, PortMapping
 from cni.ruleset import HERE
 
 ANY = {4: "0.0.0.0", 6: "::"}
-LOOPBACK = {4: "127.0.0.0/8", 6: "::1"}
+LOOPBACK = {4: ("127.0.0.0/8",), 6: ()}
+"""Where the host's own loopback reaches host ports from; the kernel takes no answer to ::1 that comes from a link."""
 
 
 class Forward(NamedTuple):
@@ -78,7 +79,7 @@ def chain(subnet: str) -> str:
     family = ipaddress.ip_network(subnet).version
     ip = "ip" if family == 4 else "ip6"
     name = chain_name(subnet)
-    sources = (subnet, LOOPBACK[family])
+    sources = (subnet, *LOOPBACK[family])
     lines = [f"add chain {HERE} {name}", f"flush chain {HERE} {name}"]
     lines += [f"add rule {HERE} {name} {ip} saddr {source} masquerade" for source in sources]
     return "\n".join(lines) + "\n"

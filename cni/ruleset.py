@@ -48,6 +48,7 @@ add rule {HERE} hostports dnat ip6 to meta l4proto . ip6 daddr . th dport map @p
 add rule {HERE} hostports dnat ip6 to meta l4proto . th dport map @anyports6
 add rule {HERE} hostports meta mark set meta mark and 0xffffdfff
 add rule {HERE} prerouting fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
+add rule {HERE} output ip6 daddr ::1 return comment "answers would come to ::1 from outside lo: the kernel drops them"
 add rule {HERE} output fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
 add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip daddr . meta l4proto . th dport vmap @hairpin4
 add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip6 daddr . meta l4proto . th dport vmap @hairpin6

@@ -108,6 +108,7 @@ def test_every_way_to_a_host_port(bench: Bench, netns: Names) -> None:
         ("UDP over IPv6", bench.client, "udp", "2001:db8::1", 5353, f"{me} 2001:db8::9"),
         ("the host to itself", bench.host, "tcp", "192.0.2.1", 8080, f"{me} 192.0.2.1"),
         ("localhost", bench.host, "tcp", "127.0.0.1", 8080, f"{me} {gateway}"),
+        ("not on ::1, at once", bench.host, "tcp", "::1", 8080, "error [Errno 111] Connection refused"),
         ("UDP on localhost", bench.host, "udp", "127.0.0.1", 5353, f"{me} {gateway}"),
         ("the pod to itself (hairpin)", pod.ns, "tcp", "192.0.2.1", 8080, f"{me} {gateway}"),
         ("its neighbour on the bridge", neighbour.ns, "tcp", "192.0.2.1", 8080, f"{me} {gateway}"),
