@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
+from proxy.modes.hairpin import SAME_ADDRESS
 from proxy.modes.iptables import dispatch
 from proxy.modes.iptables.dispatch import Chains, Directory, Entry, digest
 from proxy.plan import (
@@ -47,12 +48,6 @@ COUNTING = {
     "iptables_localhost_nodeports_accepted_packets": ("nat", "PYNET-POSTROUTING", "--ctorigdst 127.0.0.0/8"),
 }
 _LOOPBACK = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
-# Classic BPF that says "source equals destination": words of the IP header, 12 and 16; in IPv6 8… and 24….
-_SAME_ADDRESS = {
-    Family.V4: "6,32 0 0 12,7 0 0 0,32 0 0 16,29 0 1 0,6 0 0 65535,6 0 0 0",
-    Family.V6: "18," + ",".join(f"32 0 0 {8 + w},7 0 0 0,32 0 0 {24 + w},29 0 {13 - w} 0" for w in (0, 4, 8, 12))
-    + ",6 0 0 65535,6 0 0 0",
-}  # fmt: skip
 _MAX_SLOTS = 256
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./: -]")
 
@@ -219,7 +214,7 @@ def _constant_nat(family: Family, settings: NodeSettings) -> Chains:
         "PYNET-DROP": [_mark(both, both), "-j ACCEPT"],
         "PYNET-POSTROUTING": [
             *(["-m conntrack --ctstate DNAT --ctorigdst 127.0.0.0/8"] if uses_loopback(family, settings) else []),
-            f'-m conntrack --ctstate DNAT -m bpf --bytecode "{_SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
+            f'-m conntrack --ctstate DNAT -m bpf --bytecode "{SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
             f"-m mark ! --mark {masquerade:#x}/{masquerade:#x} -j RETURN",
             _mark(masquerade, 0),
             "-j MASQUERADE --random-fully",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from proxy.modes.hairpin import SAME_ADDRESS
 from proxy.modes.ipvs.layout import set_name, split_bit
 from proxy.plan import Family, LocalDetector, LocalKind, NodeSettings
 
@@ -28,12 +29,6 @@ JUMPS = (
 )
 TABLES = ("mangle", "nat", "filter")
 _NEW = "-m conntrack --ctstate NEW "
-# Classic BPF that says "source equals destination": words of the IP header, 12 and 16; in IPv6 8… and 24….
-_SAME_ADDRESS = {
-    Family.V4: "6,32 0 0 12,7 0 0 0,32 0 0 16,29 0 1 0,6 0 0 65535,6 0 0 0",
-    Family.V6: "18," + ",".join(f"32 0 0 {8 + w},7 0 0 0,32 0 0 {24 + w},29 0 {13 - w} 0" for w in (0, 4, 8, 12))
-    + ",6 0 0 65535,6 0 0 0",
-}  # fmt: skip
 
 
 def chains(family: Family, settings: NodeSettings) -> dict[str, Chains]:
@@ -103,7 +98,7 @@ def _marks(family: Family, settings: NodeSettings) -> Chains:
         "PYNET-IPVS-MN": [masqueraded("MASQ-NODE")],
         "PYNET-IPVS-POST": [
             "-o lo -j RETURN",
-            f'-m bpf --bytecode "{_SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
+            f'-m bpf --bytecode "{SAME_ADDRESS[family]}" -j MASQUERADE --random-fully',
             # the node itself, whose source would be the Service's address or any other of its own
             f"-m set --match-set {set_name(family, 'IPS')} src -j MASQUERADE --random-fully",
             f"-m mark --mark {split:#x}/{split:#x} -m addrtype --src-type LOCAL -j MASQUERADE --random-fully",
