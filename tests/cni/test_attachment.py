@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.cni import REFERENCE, CniFailure, Pod, Runtime, addresses, links, residue
+from support.cni import CniFailure, Pod, Runtime, addresses, links, residue
 from support.netns import Names
 
 pytestmark = pytest.mark.root
@@ -335,32 +337,31 @@ def test_bandwidth_of_the_runtime(runtime: Runtime, pod: Pod) -> None:
     assert ifb not in links(runtime.host)
 
 
-def test_ipam_by_host_local(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
-    ipam = {"type": "host-local", "dataDir": str(tmp_path / "hl"), "ranges": [[{"subnet": "10.9.0.0/24"}]]}
-    conf = runtime.conf("1.0.0", isDefaultGateway=True, ipMasq=True, ipam=ipam)
-    pod.add(conf)
-    assert pod.addresses() == ["10.9.0.2/24"]
-    assert (tmp_path / "hl" / "net" / "10.9.0.2").exists()
-    pod.check()
-    pod.delete()
-    assert not (tmp_path / "hl" / "net" / "10.9.0.2").exists()
-    broken = conf | {"ipam": ipam | {"routes": [{"dst": "10.0.0.0/8", "gw": "192.0.2.77"}]}}
-    with pytest.raises(CniFailure):
-        pod.add(broken)
-    assert list((tmp_path / "hl" / "net").glob("10.*")) == []
-    with pytest.raises(CniFailure, match="no plugin nobody in CNI_PATH"):
-        pod.add(conf | {"ipam": {"type": "nobody"}})
+TAKE = """
+import socket
+listener = socket.create_server(("", 9000)); print("ready", flush=True)
+while True:
+    connection, _ = listener.accept()
+    while connection.recv(1 << 16): pass
+    connection.sendall(b"all"); connection.close()
+"""
+GIVE = """
+import socket, sys, time
+begun = time.monotonic()
+with socket.create_connection((sys.argv[1], 9000)) as connection:
+    connection.sendall(bytes(1 << 19)); connection.shutdown(socket.SHUT_WR); connection.recv(3)
+print(time.monotonic() - begun)
+"""
 
 
-def test_our_ipam_under_another_main_plugin(runtime: Runtime, pod: Pod) -> None:
-    conf = runtime.conf("1.0.0", isDefaultGateway=True, ipam=FOUR) | {"type": "bridge"}
-    bridge = REFERENCE / "bridge"
-    result = pod.add(conf, program=bridge)
-    assert result["ips"][0]["address"] == "10.9.0.2/24"
-    runtime.call("CHECK", conf | {"prevResult": result}, pod.container, pod.ns.path, program=bridge)
-    pod.delete(program=bridge)
-    assert pod.add(conf, program=bridge)["ips"][0]["address"] == "10.9.0.3/24"
-    pod.delete(program=bridge)
+def test_bandwidth_by_real_traffic(runtime: Runtime, pod: Pod) -> None:
+    """Half a megabyte at 4 Mbit/s is a second each way; without a limit a few milliseconds."""
+    pod.add(runtime.conf(isGateway=True, ipam=FOUR, ingressRate=4_000_000, egressRate=4_000_000))
+    for taker, giver, address in ((pod.ns, runtime.host, pod.ip), (runtime.host, pod.ns, "10.9.0.1")):
+        child = taker.start(sys.executable, "-c", TAKE, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert float(giver.run(sys.executable, "-c", GIVE, address)) > 0.8
 
 
 def test_a_chain_extends_the_previous_result(runtime: Runtime, pod: Pod) -> None:

@@ -124,6 +124,34 @@ def test_every_way_to_a_host_port(bench: Bench, netns: Names) -> None:
     assert after["nft"] == before["nft"]
 
 
+HEAR = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 132); s.settimeout(20); print("ready", flush=True)
+packet = s.recv(2000); at = 4 * (packet[0] & 15)
+print(socket.inet_ntoa(packet[12:16]), int.from_bytes(packet[at + 2:at + 4], "big"), flush=True)
+"""
+SAY = """
+import socket, sys
+socket.socket(socket.AF_INET, socket.SOCK_RAW, 132).sendto(bytes.fromhex(sys.argv[1]), ("192.0.2.1", 0))
+"""
+
+
+def test_sctp_reaches_the_pod(bench: Bench, netns: Names) -> None:
+    """By a packet of our own: kernels without SCTP translate it all the same."""
+    from scapy.layers.sctp import SCTP, SCTPChunkInit
+
+    pod = Pod(bench.runtime, netns("pod"))
+    pod.add(bench.conf({"hostPort": 9999, "containerPort": 99, "protocol": "SCTP"}))
+    pod.check()
+    child = pod.ns.start(sys.executable, "-c", HEAR, stdout=-1)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    chunk = SCTPChunkInit(init_tag=7, n_out_streams=1, n_in_streams=1, a_rwnd=1500, init_tsn=1)
+    packet = bytes(SCTP(sport=4000, dport=9999, tag=0) / chunk)
+    bench.client.run(sys.executable, "-c", SAY, packet.hex())
+    assert child.stdout.readline() == "192.0.2.9 99\n"
+
+
 def test_a_host_ip_limits_a_port_to_it(bench: Bench, netns: Names) -> None:
     first, second = Pod(bench.runtime, netns("a")), Pod(bench.runtime, netns("b"))
     first.add(bench.conf(tcp(hostIP="192.0.2.1")))
