@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +21,7 @@ class Api:
     def __init__(self, store: Store, allocator: services.Allocator) -> None:
         self.store = store
         self._allocator = allocator
-        self._applied: dict[tuple[str, str, str, str], Json] = {}
+        self._applied: dict[str, dict[str, Json]] = {}  # uid → manager → what it applied last
         for name in NAMESPACES:
             self.ensure_namespace(name)
 
@@ -110,13 +111,15 @@ class Api:
         *,
         part: str = "",
         manager: str = "",
+        force: bool = False,
         dry: bool = False,
         strict: bool = False,
     ) -> tuple[Json, bool]:
         """PATCH; return the object, and whether it is new (an apply may create)."""
         with self.store.changed:
             if content_type == "application/apply-patch+yaml":
-                return self._apply(resource, namespace, name, patch, part=part, manager=manager, dry=dry, strict=strict)
+                options: Json = {"part": part, "manager": manager, "force": force, "dry": dry, "strict": strict}
+                return self._apply(resource, namespace, name, patch, **options)
             known = self.store.get(resource, namespace, name)
             shown = scale_of(known) if part == "scale" else known
             if content_type == "application/json-patch+json":
@@ -142,19 +145,29 @@ class Api:
         *,
         part: str,
         manager: str,
+        force: bool,
         dry: bool,
         strict: bool,
     ) -> tuple[Json, bool]:
-        key = (resource.plural, namespace, name, manager)
-        last = self._applied.get(key, {})
-        if not dry:
-            self._applied[key] = config
         try:
             known = self.store.get(resource, namespace, name)
         except errors.ApiError:
-            return self.create(resource, namespace, config, dry=dry, strict=strict), True
-        changed = patches.applied(resource.kind, known, last, config)
-        return self.update(resource, namespace, name, changed, part=part, dry=dry, strict=strict), False
+            made = self.create(resource, namespace, config, dry=dry, strict=strict)
+            if not dry:
+                self._applied[made["metadata"]["uid"]] = {manager: copy.deepcopy(config)}
+            return made, True
+        managers = self._applied.setdefault(known["metadata"]["uid"], {})
+        others = {each: theirs for each, theirs in managers.items() if each != manager}
+        found = {each: patches.contested(resource.kind, config, theirs) for each, theirs in others.items()}
+        if not force and any(found.values()):
+            raise errors.contested({each: [path for path, _, _ in fields] for each, fields in found.items() if fields})
+        changed = patches.applied(resource.kind, known, managers.get(manager, {}), config)
+        result = self.update(resource, namespace, name, changed, part=part, dry=dry, strict=strict)
+        if not dry:
+            managers[manager] = copy.deepcopy(config)
+            for _, theirs, field in (each for fields in found.values() for each in fields):
+                del theirs[field]  # it is ours now
+        return result, False
 
     def delete(
         self, resource: Resource, namespace: str, name: str, options: Json, *, dry: bool = False
@@ -172,6 +185,7 @@ class Api:
             if grace or known["metadata"].get("finalizers"):
                 return self.store.mark_deleted(resource, namespace, name, grace), False
             gone = self.store.delete(resource, namespace, name)
+            self._applied.pop(known["metadata"]["uid"], None)
             if options.get("propagationPolicy") != "Orphan":
                 self._collect(resource, known)
             return gone, True

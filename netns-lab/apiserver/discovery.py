@@ -23,12 +23,7 @@ VERSION = {
     "compiler": "gc",
     "platform": "linux/amd64",
 }
-PATCH_TYPES = (
-    "application/json-patch+json",
-    "application/merge-patch+json",
-    "application/strategic-merge-patch+json",
-    "application/apply-patch+yaml",
-)
+_PATCH_TYPES = ("application/json-patch+json", "application/merge-patch+json", "application/apply-patch+yaml")
 _PART_VERBS = ("get", "patch", "update")
 
 
@@ -131,10 +126,11 @@ def openapi_index() -> Json:
     }
 
 
-def openapi(base: str) -> Json | None:
+def openapi(base: str, *, schemas: Json | None = None) -> Json | None:
     """GET /openapi/v3/GROUP/VERSION: the operations, from which kubectl learns what a PATCH may carry.
 
-    Without schemas: kubectl validates on the server then, and merges by the types that are compiled into it.
+    Strategic merge is not named: kubectl would merge by the schemas, and they tell of the fields in use only; it merges
+    by the types that are compiled into it then.
     """
     served = [resource for resource in RESOURCES if resource.base == base]
     if not served:
@@ -148,10 +144,10 @@ def openapi(base: str) -> Json | None:
         paths[f"{path}/{{name}}"] = {
             "get": {"x-kubernetes-action": "get", "x-kubernetes-group-version-kind": kind, "responses": {}},
             "put": _operation("put", kind, ("application/json",)),
-            "patch": _operation("patch", kind, PATCH_TYPES),
+            "patch": _operation("patch", kind, _PATCH_TYPES),
         }
     info = {"title": "Kubernetes", "version": VERSION["gitVersion"]}
-    return {"openapi": "3.0.0", "info": info, "paths": paths, "components": {"schemas": {}}}
+    return {"openapi": "3.0.0", "info": info, "paths": paths, "components": {"schemas": schemas or {}}}
 
 
 def _operation(action: str, kind: Json, types: tuple[str, ...]) -> Json:

@@ -14,6 +14,10 @@ class Cause:
     message: str
     reason: str = "FieldValueInvalid"
 
+    def shown(self) -> dict[str, str]:
+        """Return it as a Status carries it."""
+        return {"reason": self.reason, "message": self.message, "field": self.field}
+
 
 @dataclass
 class ApiError(Exception):
@@ -75,6 +79,24 @@ def conflict(group: str, plural: str, name: str) -> ApiError:
     return ApiError(409, "Conflict", text, _details(group, plural, name))
 
 
+def contested(fields: dict[str, list[str]]) -> ApiError:
+    """409: others have applied other values; `fields`: theirs, by manager."""
+    causes = [
+        Cause(path, f'conflict with "{manager}"', "FieldManagerConflict")
+        for manager, paths in fields.items()
+        for path in paths
+    ]
+    if len(causes) == 1:
+        told = f"{causes[0].message}: {causes[0].field}"
+    else:
+        told = "\n".join(
+            f'conflicts with "{manager}":\n' + "\n".join(f"- {path}" for path in paths)
+            for manager, paths in fields.items()
+        )
+    message = f"Apply failed with {len(causes)} conflict{'s' if len(causes) > 1 else ''}: {told}"
+    return ApiError(409, "Conflict", message, {"causes": [cause.shown() for cause in causes]})
+
+
 def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> ApiError:
     """422: fields of an object are wrong."""
     texts = [f"{cause.field}: {cause.message}" for cause in causes]
@@ -84,7 +106,7 @@ def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> ApiError:
         "name": name,
         **({"group": group} if group else {}),
         "kind": kind,
-        "causes": [{"reason": cause.reason, "message": cause.message, "field": cause.field} for cause in causes],
+        "causes": [cause.shown() for cause in causes],
     }
     return ApiError(422, "Invalid", f'{qualified} "{name}" is invalid: {whole}', details)
 

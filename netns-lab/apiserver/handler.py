@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 import yaml
 
-from apiserver import discovery, errors, protobuf, selectors, tables, watching
+from apiserver import discovery, errors, protobuf, schemas, selectors, tables, watching
 from apiserver.api import scale_of
 from apiserver.errors import ApiError
 from apiserver.faults import End, Fault, troubled
@@ -149,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/openapi/v3":
             body = discovery.openapi_index()
         elif path.startswith("/openapi/v3/"):
-            body = discovery.openapi(base)
+            served = [resource for resource in BY_PATH.values() if resource.base == base]
+            body = discovery.openapi(base, schemas=schemas.schemas(served))
         elif path.count("/") == 2 and path.startswith("/apis/"):
             body = discovery.group(path.rpartition("/")[2])
         else:
@@ -214,7 +215,16 @@ class Handler(BaseHTTPRequestHandler):
             kind = (self.headers.get("Content-Type") or "").partition(";")[0].strip()
             manager = self.query.get("fieldManager", "")
             obj, new = api.patch(
-                resource, namespace, name, kind, self._body(), part=part, manager=manager, dry=dry, strict=strict
+                resource,
+                namespace,
+                name,
+                kind,
+                self._body(),
+                part=part,
+                manager=manager,
+                force=self.query.get("force") == "true",
+                dry=dry,
+                strict=strict,
             )
             code = 201 if new else 200
         elif verb == "delete":

@@ -5,6 +5,8 @@ Strategic merge keys are data (`MERGE_KEYS`), as the API's own types carry them 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from apiserver.errors import ApiError, bad_request
@@ -201,6 +203,42 @@ def _without(keys: dict[str, str], path: str, obj: Any, last: Any, config: Any) 
             dropped = {item.get(key) for item in value} - kept
             obj[field] = [item for item in obj.get(field) or () if item.get(key) not in dropped]
     return obj
+
+
+def contested(kind: str, config: Json, other: Json) -> list[tuple[str, Json, str]]:
+    """Return the fields that two applied configurations both set, and differently.
+
+    Of each its path as the API spells it, and where it stands in `other`: the object and the field in it.
+    """
+    keys = MERGE_KEYS.get(kind, {}) | _META
+    fields = {name: value for name, value in config.items() if name not in ("apiVersion", "kind")}
+    return list(_contested(keys, "", "", fields, other))
+
+
+def _contested(
+    keys: dict[str, str], path: str, shown: str, config: Json, other: Json
+) -> Iterator[tuple[str, Json, str]]:
+    for field in sorted(config.keys() & other.keys()):
+        ours, theirs = config[field], other[field]
+        below, told = f"{path}.{field}".lstrip("."), f"{shown}.{field}"
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _contested(keys, below, told, ours, theirs)
+        elif isinstance(ours, list) and isinstance(theirs, list) and below in keys:
+            known = {_identity(keys[below], item): item for item in theirs if isinstance(item, dict)}
+            for item in ours:
+                identity = _identity(keys[below], item) if isinstance(item, dict) else ""
+                if identity in known:
+                    yield from _contested(keys, below, told + identity, item, known[identity])
+        elif ours != theirs:
+            yield told, other, field
+
+
+def _identity(key: str, item: Json) -> str:
+    """Return how the API tells an item of a list in a path; ports are told apart by their protocol, too."""
+    parts = {key: item.get(key)} | (
+        {"protocol": item.get("protocol", "TCP")} if key in ("port", "containerPort") else {}
+    )
+    return "[" + ",".join(f"{name}={json.dumps(value)}" for name, value in parts.items()) + "]"
 
 
 def _copy(value: Any) -> Any:

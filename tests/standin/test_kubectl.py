@@ -27,6 +27,7 @@ spec:
   - {name: http, port: 80, targetPort: 8080}
   - {name: metrics, port: 9090}
 """
+EDITOR = "sed -i 's/port: 82$/port: 83/'"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def server() -> Iterator[Server]:
 def kubectl(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Kubectl:
     home = tmp_path_factory.mktemp("home")
     (home / "config").write_text(server.kubeconfig())
-    environment = {"PATH": os.environ["PATH"], "KUBECONFIG": str(home / "config"), "HOME": str(home)}
+    environment = {"PATH": os.environ["PATH"], "KUBECONFIG": str(home / "config"), "HOME": str(home), "EDITOR": EDITOR}
 
     def run(*words: str, given: str | None = None, fails: bool = False) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -204,3 +205,36 @@ def test_describe_labels_and_selectors(kubectl: Kubectl) -> None:
     assert kubectl("get", "svc", "-l", "x in (y,z),a", "-o", "name").stdout.strip() == "service/web"
     assert "No resources found" in kubectl("get", "svc", "-l", "x!=y").stderr
     assert "Internal Traffic Policy:" in kubectl("describe", "svc", "web").stdout
+
+
+def test_an_apply_that_takes_anothers_field_is_a_conflict(kubectl: Kubectl) -> None:
+    kubectl("apply", "--server-side", "-f", "-", given=SERVICE)
+    other = SERVICE.replace("targetPort: 8080", "targetPort: 8081")
+    words = ("apply", "--server-side", "--field-manager=other", "-f", "-")
+    said = kubectl(*words, given=other, fails=True).stderr
+    assert (
+        'Apply failed with 1 conflict: conflict with "kubectl": .spec.ports[port=80,protocol="TCP"].targetPort' in said
+    )
+    kubectl(*words, "--force-conflicts", given=other)
+    assert "8081" in json.dumps(spec(kubectl)["ports"])
+    said = kubectl("apply", "--server-side", "-f", "-", given=SERVICE, fails=True).stderr
+    assert 'conflict with "other"' in said
+    kubectl("delete", "svc", "web")
+    kubectl("apply", "--server-side", "-f", "-", given=SERVICE)  # nobody's any more
+
+
+def test_explain(kubectl: Kubectl) -> None:
+    assert "VIP, or Proxy" in kubectl("explain", "svc.status.loadBalancer.ingress.ipMode").stdout
+    assert "hostPort" in kubectl("explain", "deploy.spec.template.spec.containers.ports", "--recursive").stdout
+    for kind in ("nodes", "pods", "endpointslices"):
+        assert "FIELDS:" in kubectl("explain", kind).stdout
+
+
+def test_edit_and_an_apply_that_moves_a_port(kubectl: Kubectl) -> None:
+    kubectl("apply", "-f", "-", given=SERVICE)
+    kubectl("apply", "-f", "-", given=SERVICE.replace("port: 80,", "port: 82,"))
+    ports = spec(kubectl)["ports"]
+    assert isinstance(ports, list)
+    assert {each["port"] for each in ports} == {82, 9090}
+    kubectl("edit", "svc", "web")
+    assert "83" in json.dumps(spec(kubectl)["ports"])
