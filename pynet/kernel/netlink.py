@@ -25,6 +25,8 @@ _NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_SNDBUFFORCE, _RCVBUFFORCE = 32, 33
+_BUFFER_BYTES, _ANSWER_BYTES = 1 << 16, 1024
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
@@ -149,7 +151,11 @@ class Socket:
         begin = self._frame(_BATCH_BEGIN, 0, around)
         first = self._sequence + 1
         framed = b"".join(self._frame(kind, flags | ACK, body) for kind, flags, body in messages)
-        self._socket.send(begin + framed + self._frame(_BATCH_END, 0, around))
+        datagram = begin + framed + self._frame(_BATCH_END, 0, around)
+        for option, size in ((_SNDBUFFORCE, len(datagram)), (_RCVBUFFORCE, len(messages) * _ANSWER_BYTES)):
+            if size > _BUFFER_BYTES:
+                self._socket.setsockopt(_socket.SOL_SOCKET, option, size)  # the kernel doubles it for its own needs
+        self._socket.send(datagram)
         return self._answers(first, messages)
 
     def _answers(self, first: int, messages: Sequence[Message]) -> list[NetlinkError | None]:

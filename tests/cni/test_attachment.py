@@ -161,6 +161,21 @@ def test_requested_addresses_mac_and_dns(runtime: Runtime, pod: Pod, tmp_path: P
     pod.check()
 
 
+def test_duplicate_address_detection_where_it_is_asked_for(runtime: Runtime, netns: Names) -> None:
+    squatter, pod = Pod(runtime, netns("squatter")), Pod(runtime, netns("pod"))
+    squatter.add(runtime.conf(name="l2"))
+    squatter.ns.run("ip", "addr", "add", "fd00:9::2/64", "dev", "eth0", "nodad")
+    before = residue(runtime.host)
+    conf = runtime.conf(enabledad=True, ipam={"type": "pynet-ipam", "subnet": "fd00:9::/64"})
+    with pytest.raises(CniFailure, match=r"fd00:9::2: in use by another \(DAD\)"):
+        pod.add(conf)
+    assert residue(runtime.host) == before
+    pod.add(conf)
+    assert pod.ip == "fd00:9::3"
+    assert "tentative" not in pod.ns.run("ip", "-6", "addr", "show", "dev", "eth0", "scope", "global")
+    assert pod.ns.run("sysctl", "-n", "net.ipv6.conf.eth0.accept_dad").strip() == "1"
+
+
 def test_an_l2_network(runtime: Runtime, pod: Pod) -> None:
     result = pod.add(runtime.conf())
     assert "ips" not in result

@@ -152,6 +152,20 @@ def test_sctp_reaches_the_pod(bench: Bench, netns: Names) -> None:
     assert child.stdout.readline() == "192.0.2.9 99\n"
 
 
+def test_a_thousand_ports_of_one_pod(bench: Bench, netns: Names) -> None:
+    """A range of ports, as a media server has: one transaction all the same, larger than a socket's usual buffers."""
+    pod = Pod(bench.runtime, netns("pod"))
+    other = Pod(bench.runtime, netns("other"))
+    other.add(bench.conf(tcp()))  # the second pod's elements are written over netlink
+    pod.add(bench.conf(*(udp(port, port) for port in range(20000, 21000))))
+    pod.check()
+    listed = bench.host.run("nft", "list", "map", "inet", "pynet-cni", "anyports6")
+    assert listed.count(pod.container) == 1000
+    pod.delete()
+    assert pod.container not in bench.host.run("nft", "list", "ruleset")
+    other.check()
+
+
 def test_a_host_ip_limits_a_port_to_it(bench: Bench, netns: Names) -> None:
     first, second = Pod(bench.runtime, netns("a")), Pod(bench.runtime, netns("b"))
     first.add(bench.conf(tcp(hostIP="192.0.2.1")))
