@@ -125,7 +125,7 @@ def _from_kubeconfig(path: Path, master: str | None, configuration: Any) -> _Rea
 
     chosen = kubeconfig.read(path, master)
     cluster, user = chosen.cluster, chosen.user
-    base = path.resolve().parent
+    base = path.absolute().parent  # not where a link leads: as client-go has it
     if user.get("tokenFile"):
         user.pop("token", None)  # as client-go has it: the file is the newer word
     names = [str(path)]

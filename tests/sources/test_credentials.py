@@ -85,6 +85,30 @@ def test_a_server_of_an_unknown_authority_is_refused(tmp_path: Path, secure: Ser
     ask(kubeconfig(tmp_path, secure, {"token": "good"}, **{"insecure-skip-tls-verify": True}))
 
 
+def test_a_rotated_authority_is_read_anew(tmp_path: Path, secure: Server, keys: Path) -> None:
+    bundle = tmp_path / "ca.crt"
+    bundle.write_text((keys / "stranger.crt").read_text())
+    path = kubeconfig(tmp_path, secure, {"token": "good"}, **{"certificate-authority": "ca.crt"})
+    transport = Transport(Credentials(path))
+    with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+        transport.get("/api/v1/nodes", {})
+    bundle.write_text((keys / "stranger.crt").read_text() + (keys / "authority.crt").read_text())
+    transport.get("/api/v1/nodes", {})
+
+
+def test_files_stand_beside_the_kubeconfig_also_where_that_is_a_link(
+    tmp_path: Path, secure: Server, keys: Path
+) -> None:
+    real, linked = tmp_path / "real", tmp_path / "linked"
+    real.mkdir()
+    linked.mkdir()
+    path = kubeconfig(real, secure, {"tokenFile": "token"}, **{"certificate-authority": "ca.crt"})
+    (linked / "kubeconfig").symlink_to(path)
+    (linked / "token").write_text("good")
+    (linked / "ca.crt").write_text((keys / "authority.crt").read_text())
+    ask(linked / "kubeconfig")
+
+
 def test_the_servers_name_may_be_another_than_its_address(tmp_path: Path, keys: Path) -> None:
     with Server(tls=Tls(keys / "server.crt", keys / "server.key")) as server:
         authority = {"certificate-authority": str(keys / "authority.crt")}
