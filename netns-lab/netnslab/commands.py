@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("new_name", metavar="NEW_NAME")
     one = command(group, "address", "give a node other underlay addresses")
     one.add_argument("node", metavar="NAME")
-    one.add_argument("addresses", metavar="ADDRESS", nargs="+")
+    one.add_argument("addresses", metavar="ADDRESS", nargs="+", help="of its subnet; or a host number, in each family")
     one = command(group, "cidr", "give a node the pod CIDRs of another index")
     one.add_argument("node", metavar="NAME")
     one.add_argument("index", type=int)

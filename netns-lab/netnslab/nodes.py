@@ -8,7 +8,7 @@ import time
 
 import msgspec
 
-from . import agents, controller, daemons, lifecycle, machine, network, pods, runtime
+from . import agents, daemons, lifecycle, machine, network, pods, runtime
 from . import topology as plan
 from .cluster import Lab, free_index, node_record
 from .state import THING, LabError, NodeRecord
@@ -74,10 +74,15 @@ def rename(lab: Lab, name: str, new_name: str) -> NodeRecord:
 def readdress(lab: Lab, name: str, addresses: list[str]) -> NodeRecord:
     """Give a node other underlay addresses; families not named keep theirs."""
     node = lab.node(name)
-    given = {controller.family_of(address): address for address in addresses}
-    for family in given:
-        if family not in node.addresses:
-            raise LabError(f"node address {name}: {given[family]}: this lab has no {family} (lab up --ipv6)")
+    given: dict[str, str] = {}
+    try:
+        for word in addresses:
+            given |= plan.addresses_named(lab.topology, node.subnet, word, lab.spec.ipv6)
+    except plan.TopologyError as error:
+        raise LabError(f"node address {name}: {error}") from None
+    for other in lab.spec.nodes:
+        if other != node and (taken := set(given.values()) & set(other.addresses.values())):
+            raise LabError(f"node address {name}: {', '.join(sorted(taken))} is {other.name}'s")
     changed = msgspec.structs.replace(node, addresses={**node.addresses, **given})
     network.readdress(lab.folder, lab.topology, node, changed.addresses)
     _replace(lab, node, changed)

@@ -96,6 +96,24 @@ def node_addresses(topology: Topology, index: int, ipv6: bool) -> dict[str, str]
     return {family: host(subnet[family], FIRST_NODE_HOST + index) for family in families(ipv6)}
 
 
+def addresses_named(topology: Topology, subnet: str, word: str, ipv6: bool) -> dict[str, str]:
+    """Return what `word` says of a place in a subnet, by family: an address of it, or a host number, in every family.
+
+    Raise `TopologyError` where that is neither.
+    """
+    networks = {family: ipaddress.ip_network(topology.subnets[subnet][family]) for family in families(ipv6)}
+    try:
+        if word.isdigit():
+            return {family: str(network[int(word)]) for family, network in networks.items()}
+        address = ipaddress.ip_address(word)
+    except (ValueError, IndexError):
+        raise TopologyError(f"{word!r} is no address, and no host number of {subnet}") from None
+    for family, network in networks.items():
+        if address in network:
+            return {family: str(address)}
+    raise TopologyError(f"{word} is not in {subnet}: {', '.join(map(str, networks.values()))}")
+
+
 def client_addresses(topology: Topology, ipv6: bool) -> dict[str, str]:
     """Return the client's addresses, by family."""
     subnet = topology.subnets[topology.client]

@@ -61,3 +61,23 @@ def test_a_topology_that_cannot_be_used_is_refused_by_field(text, says):
 def test_an_unknown_topology_is_refused_with_those_there_are():
     with pytest.raises(topology.TopologyError, match="flat"):
         topology.load("ring")
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("77", {"IPv4": "172.31.2.77", "IPv6": "fd00:31:2::4d"}),
+        ("172.31.2.9", {"IPv4": "172.31.2.9"}),
+        ("fd00:31:2::9", {"IPv6": "fd00:31:2::9"}),
+        ("172.31.0.77", "172.31.0.77 is not in blue: 172.31.2.0/24, fd00:31:2::/64"),
+        ("here", "'here' is no address, and no host number of blue"),
+        ("700", "'700' is no address, and no host number of blue"),
+    ],
+)
+def test_a_node_s_other_addresses_are_of_its_own_subnet(word, found):
+    shape = topology.load("routed")
+    if isinstance(found, dict):
+        assert topology.addresses_named(shape, "blue", word, True) == found
+        return
+    with pytest.raises(topology.TopologyError, match=found):
+        topology.addresses_named(shape, "blue", word, True)
