@@ -8,8 +8,8 @@ from _blake2 import blake2b  # hashlib would load all of OpenSSL
 
 from cni import spec
 from cni.netconf import NetConf
-from cni.wiring import request, skip_dad
-from pynet.kernel import netlink, netns, rtnl, sysctl
+from cni.wiring import has_ipv6, request, skip_dad
+from pynet.kernel import netlink, netns, rtnl
 
 DEFAULT = 1
 """The VLAN that a bridge gives to every new port."""
@@ -99,7 +99,7 @@ def ensure_gateway_link(host: netlink.Socket, bridge: rtnl.Link, conf: NetConf) 
         raise spec.CniError(spec.FAILED, f"the gateway's link {name} exists already and is not ours")
     set_port(host, port, conf._replace(vlan_trunk=(), preserve_default_vlan=False))
     if not link.up:
-        if sysctl.read("net/ipv6/conf/all/forwarding") is not None:
+        if has_ipv6(name):
             skip_dad(name)
         request(host, rtnl.set_link(link.ifindex, up=True), f"gateway's link {name}")
     return link

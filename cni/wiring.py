@@ -52,7 +52,7 @@ def ensure_bridge(host: netlink.Socket, conf: NetConf) -> tuple[Link, bool]:
         bridge = rtnl.link_named(host, conf.bridge)
     if bridge is None or bridge.kind != "bridge":
         raise spec.CniError(spec.BAD_CONFIG, f"field bridge: {conf.bridge} already exists but is not a bridge")
-    if made and sysctl.read("net/ipv6/conf/all/forwarding") is not None:
+    if made and has_ipv6(conf.bridge):
         sysctl.write(f"net/ipv6/conf/{conf.bridge}/accept_ra", 0)
     changes: dict[str, int | str | bool] = {}
     if not bridge.up:
@@ -110,8 +110,22 @@ def skip_dad(name: str) -> None:
     The kernel makes its link-local address itself, asks for neighbours under it, and asks nobody while it is tentative:
     for up to two seconds after the first pod of a bridge nobody could reach it.
     """
+    _require_ipv6(name)
     sysctl.write(f"net/ipv6/conf/{name}/accept_dad", 0)
     sysctl.write(f"net/ipv6/conf/{name}/disable_ipv6", 0)
+
+
+def has_ipv6(name: str) -> bool:
+    """Say whether a link here has IPv6: not in every kernel, and not with an MTU below 1280."""
+    return sysctl.read(f"net/ipv6/conf/{name}/disable_ipv6") is not None
+
+
+def _require_ipv6(name: str) -> None:
+    if not has_ipv6(name):
+        raise spec.CniError(
+            spec.FAILED, f"{name} cannot have IPv6 addresses",
+            "that takes an MTU of 1280 or more (field mtu), and a kernel with IPv6",
+        )  # fmt: skip
 
 
 def remove_addresses(host: netlink.Socket, ifindex: int, addresses: list[IpInterface]) -> None:
@@ -178,7 +192,9 @@ def configure(
     """Give the pod's end its addresses and routes and put it up. To be called inside the pod's namespace."""
     link = pod_link(pod, ifname)
     ipv6 = [address for address in addresses if address.version == 6]
-    if sysctl.read("net/ipv6/conf/all/forwarding") is not None:
+    if ipv6:
+        _require_ipv6(ifname)
+    if has_ipv6(ifname):
         if not dad:
             sysctl.write(f"net/ipv6/conf/{ifname}/accept_dad", 0)
         if ipv6:

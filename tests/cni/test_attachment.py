@@ -176,6 +176,18 @@ def test_duplicate_address_detection_where_it_is_asked_for(runtime: Runtime, net
     assert pod.ns.run("sysctl", "-n", "net.ipv6.conf.eth0.accept_dad").strip() == "1"
 
 
+def test_an_mtu_below_what_ipv6_needs(runtime: Runtime, pod: Pod) -> None:
+    """The kernel then gives a link no IPv6 at all: IPv4 works, and who asks for IPv6 is told why not."""
+    pod.add(runtime.conf(isDefaultGateway=True, mtu=1000, ipam=FOUR))
+    assert links(pod.ns)["eth0"]["mtu"] == links(runtime.host)["cni0"]["mtu"] == 1000
+    pod.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    pod.check()
+    pod.delete()
+    with pytest.raises(CniFailure, match="cannot have IPv6 addresses") as refused:
+        pod.add(runtime.conf(isDefaultGateway=True, mtu=1000, ipam=DUAL))
+    assert "1280" in refused.value.details
+
+
 def test_an_l2_network(runtime: Runtime, pod: Pod) -> None:
     result = pod.add(runtime.conf())
     assert "ips" not in result
