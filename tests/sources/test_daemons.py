@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from apiserver import Fault, Server
+from apiserver.resources import NAMED
 from support.netns import Names, Namespace, programs
 from support.servicenet import inside
 
@@ -24,7 +25,7 @@ NODES = [
         "spec": {"podCIDR": f"10.244.{number}.0/24"},
         "status": {"addresses": [{"type": "InternalIP", "address": f"192.0.2.{number}"}]},
     }
-    for number in (1, 2)
+    for number in (1, 2, 3)
 ]  # fmt: skip
 SERVICE = {
     "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
@@ -67,6 +68,7 @@ def node(netns: Names) -> Namespace:
         "addr add 192.0.2.1/24 dev eth0",
         "link set eth0 up",
         "link set wire up",
+        "route add 10.244.3.0/24 via 192.0.2.30",
     )
     return made
 
@@ -77,7 +79,7 @@ def server(node: Namespace) -> Iterator[Server]:
     with inside(node):
         api = socket.create_server(("127.0.0.1", 0))
     with Server(sockets=[api]) as running:
-        running.put(*NODES, SERVICE)
+        running.put(*NODES, SERVICE, BAD)
         running.at = f"http://127.0.0.1:{api.getsockname()[1]}"  # type: ignore[attr-defined]
         yield running
     api.close()
@@ -101,9 +103,15 @@ def command(program: str, folder: Path, server: Server) -> list[str]:
     return [*common, "--node-name=n1", "--state-dir", str(folder / "state"), "--healthz-bind-address=127.0.0.1:10270"]
 
 
+BAD = {
+    **SERVICE,
+    "metadata": {"name": "bad", "namespace": "default"},
+    "spec": {"clusterIP": "10.96.0.10", "ports": [{"port": 0}]},
+}
+# program → how the kernel is asked, what is there then, and the Event that an operator must see: its reason and object
 SEEN = {
-    "pyproxy": (("nft", "list", "ruleset"), "10.96.0.9"),
-    "pynetd": (("ip", "route", "show", "proto", "112"), "10.244.2.0/24"),
+    "pyproxy": (("nft", "list", "ruleset"), "10.96.0.9", ("Quarantined", "Service", "bad")),
+    "pynetd": (("ip", "route", "show", "proto", "112"), "10.244.2.0/24", ("ForeignRoute", "Node", "n1")),
 }
 
 
@@ -111,7 +119,7 @@ SEEN = {
 def test_a_daemon_waits_for_its_source_and_outlives_it(
     program: str, node: Namespace, server: Server, manager: Manager, tmp_path: Path
 ) -> None:
-    words, written = SEEN[program]
+    words, written, event = SEEN[program]
 
     def rules() -> str:
         return node.run(*words)
@@ -132,6 +140,10 @@ def test_a_daemon_waits_for_its_source_and_outlives_it(
     eventually(lambda: "READY=1" in manager.heard, log.read_text())
     assert written in rules()
     eventually(lambda: manager.heard.count("WATCHDOG=1") > 2, "the watchdog is fed")
+    eventually(lambda: server.store.all(NAMED["events"]), "an Event is told")
+    told = [(each["reason"], each["involvedObject"]) for each in server.store.all(NAMED["events"])]
+    assert [(reason, about["kind"], about["name"]) for reason, about in told] == [event], "that one and no noise"
+    assert told[0][1]["uid"], "kubectl describe finds it"
 
     server.stop()
     fed = manager.heard.count("WATCHDOG=1")
