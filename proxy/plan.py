@@ -110,6 +110,7 @@ class VirtualServer(msgspec.Struct, frozen=True, gc=False):
     `affinity_seconds`: 0, or how long a client address stays with its endpoint.
     `scheduler`: a `Scheduler` value or the name of an IPVS scheduler, as annotated or configured.
     `removal`: what becomes of established flows of a removed endpoint: keep, drain:SECONDS, reset.
+    `health_check_port`: where this node tells a load balancer of its endpoints; 0: nowhere.
     `draining`: endpoints that get no new traffic from this node and still answer: their flows are not stale.
     """
 
@@ -121,6 +122,7 @@ class VirtualServer(msgspec.Struct, frozen=True, gc=False):
     scheduler: str = Scheduler.RANDOM.value
     removal: str = "keep"
     draining: tuple[Endpoint, ...] = ()
+    health_check_port: int = 0
 
 
 class LocalKind(enum.Enum):

@@ -230,6 +230,7 @@ def _server(
         scheduler=facts.scheduler or around.default_scheduler,
         removal=facts.removal,
         draining=_draining(serving(found), selection) if found else (),
+        health_check_port=facts.health_check_node_port,
     )
 
 

@@ -73,7 +73,7 @@ def expected(objects: list[Object], family: Family) -> dict[str, dict[str, witne
     plan = build(objects, family, settings)
     chains = {
         "nat": layout.nat_chains(plan, layout.directory(plan).chains()),
-        "filter": layout.filter_chains(family, settings, drop_invalid=True),
+        "filter": layout.filter_chains(plan, drop_invalid=True),
     }
     for table, builtin, name in layout.JUMPS:
         chains[table][builtin] = [f"-j {name}"]

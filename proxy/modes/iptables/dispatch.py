@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from socket import AF_INET, AF_INET6, inet_pton
 
@@ -111,6 +111,13 @@ class Directory:
             self._leaves[address] = (_number(address) if address else 0, rules)
         if branches:
             self._branches[address] = branches
+
+
+def port_tree(root: str, protocol: str, rules: Mapping[int, str]) -> Chains:
+    """Return the tree over ports that leads to `rules` (port → rule); `root` is its first chain, the last one here."""
+    chains: Chains = {}
+    _grow(_space_of_ports("", protocol), root, [(port, [rules[port]]) for port in sorted(rules)], chains)
+    return chains
 
 
 def _number(address: str) -> int:

@@ -188,9 +188,20 @@ def nat_chains(plan: Plan, trees: Chains) -> Chains:
     return first | all_server_chains(plan) | trees | constant
 
 
-def filter_chains(family: Family, settings: NodeSettings, *, drop_invalid: bool) -> Chains:
+def filter_chains(plan: Plan, *, drop_invalid: bool) -> Chains:
     """Return all chains of filter."""
-    return _constant_filter(family, settings, drop_invalid)
+    return health_chains(plan) | _constant_filter(plan.family, plan.settings, drop_invalid)
+
+
+def health_chains(plan: Plan) -> Chains:
+    """Return the chains of filter that let load balancers reach the health check node ports."""
+    names = {server.health_check_port: server.key.service for server in plan.servers.values()}
+    rules = {
+        port: f'-p tcp -m tcp --dport {port} -m comment --comment "{_safe(name)} health check node port" -j ACCEPT'
+        for port, name in names.items()
+        if port
+    }
+    return dispatch.port_tree("PYNET-HEALTH", "tcp", rules)
 
 
 def _mark(value: int, mask: int) -> str:
@@ -236,7 +247,7 @@ def _constant_filter(family: Family, settings: NodeSettings, drop_invalid: bool)
             "-p tcp -j REJECT --reject-with tcp-reset",
             f"-j REJECT --reject-with {icmp}",
         ],
-        "PYNET-INPUT": [refused, *([guard] if uses_loopback(family, settings) else [])],
+        "PYNET-INPUT": [refused, *([guard] if uses_loopback(family, settings) else []), "-p tcp -j PYNET-HEALTH"],
         "PYNET-OUTPUT": [refused],
         "PYNET-FORWARD": [
             refused,
@@ -409,4 +420,8 @@ def _probability(chance: float) -> str:
 def _comment(server: VirtualServer, frontend: Frontend) -> str:
     """Return words for whoever lists the rules: nothing in them can end the quoted text or the line."""
     key = server.key
-    return _UNSAFE.sub("?", f"{key.service}:{key.port_name} {frontend.kind.value}")[:200]
+    return _safe(f"{key.service}:{key.port_name} {frontend.kind.value}")
+
+
+def _safe(text: str) -> str:
+    return _UNSAFE.sub("?", text)[:200]

@@ -25,7 +25,7 @@ _EMPTY = {  # a table that comes to be when it is written
 }
 _RULES_AT_ONCE = 2000
 _OURS = re.compile(
-    r"PYNET-(SERVICES|NODEPORTS|IPS|REJECT|DROP|POSTROUTING|INPUT|FORWARD|OUTPUT|REFUSE"
+    r"PYNET-(SERVICES|NODEPORTS|HEALTH|IPS|REJECT|DROP|POSTROUTING|INPUT|FORWARD|OUTPUT|REFUSE"
     r"|(SVC|SVL|EXT|FW|PT)-[A-Z2-7]{16}|IP-[0-9A-Z.-]+|NP-[0-9a-z-]+)"
 )
 _VERSIONS: dict[Family, Version] = {Family.V4: 4, Family.V6: 6}
@@ -48,6 +48,22 @@ class Standing(msgspec.Struct, frozen=True):
     plan: Plan
     directory: Directory
     trees: Chains
+
+
+class Step:
+    """From the chains of a table that a change concerns to what they become."""
+
+    def __init__(self, table: str, before: Chains, after: Chains) -> None:
+        self.table = table
+        self.differing = {name: rules for name, rules in after.items() if before.get(name) != rules}
+        self.replaced = {name: rules for name, rules in before.items() if name in self.differing or name not in after}
+        self._gone = [name for name in before if name not in after]
+
+    def script(self, rules_at_once: int | None) -> str:
+        """Return the rule file that does it; empty where nothing differs."""
+        if not self.differing and not self._gone:
+            return ""
+        return "".join(layout.in_parts(self.table, self.differing, self._gone, (), rules_at_once))
 
 
 class IptablesMode:
@@ -163,7 +179,7 @@ class IptablesMode:
         directory = layout.directory(plan)
         trees = directory.chains()
         wanted = {
-            "filter": layout.filter_chains(plan.family, plan.settings, drop_invalid=self._drop_invalid),
+            "filter": layout.filter_chains(plan, drop_invalid=self._drop_invalid),
             "nat": layout.nat_chains(plan, trees),
         }
         rendered = time.monotonic()
@@ -220,14 +236,15 @@ class IptablesMode:
             trees = standing.directory.chains()
             before |= {name: rules for name, rules in standing.trees.items() if trees.get(name) != rules}
             after |= {name: rules for name, rules in trees.items() if standing.trees.get(name) != rules}
-        differing = {name: rules for name, rules in after.items() if before.get(name) != rules}
-        gone = [name for name in before if name not in after]
-        script = "".join(layout.in_parts("nat", differing, gone, (), self._rules_at_once)) if differing or gone else ""
+        steps = [Step("nat", before, after)]
+        if _health_ports(standing.plan, change.keys) != _health_ports(change.new, change.keys):
+            steps.append(Step("filter", layout.health_chains(standing.plan), layout.health_chains(change.new)))
+        script = "".join(step.script(self._rules_at_once) for step in steps)
         rendered = time.monotonic()
         if script:
             self._restore(self._tool(change.new.family), script, change.new)
-            replaced = {name: rules for name, rules in before.items() if name in differing or name not in after}
-            self._watchers[change.new.family].wrote("nat", replaced, differing)
+            for step in steps:
+                self._watchers[change.new.family].wrote(step.table, step.replaced, step.differing)
         self._standing[change.new.family] = Standing(change.new, standing.directory, trees)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered)
 
@@ -263,6 +280,11 @@ def parse(saved: str) -> Held:
             else:
                 foreign += 1
     return Held(chains, frozenset(jumps), foreign)
+
+
+def _health_ports(plan: Plan, keys: Iterable[ServerKey]) -> list[tuple[ServerKey, int]]:
+    found = ((key, plan.servers.get(key)) for key in keys)
+    return [(key, server.health_check_port) for key, server in found if server and server.health_check_port]
 
 
 def line_of(script: str, number: int | None) -> str:

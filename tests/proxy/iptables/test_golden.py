@@ -23,9 +23,7 @@ def rules(plan: Plan) -> str:
     """Return both tables as one rule file."""
     trees = layout.directory(plan).chains()
     nat = layout.nat_chains(plan, trees)
-    return layout.render("filter", layout.filter_chains(plan.family, plan.settings, drop_invalid=True)) + layout.render(
-        "nat", nat
-    )
+    return layout.render("filter", layout.filter_chains(plan, drop_invalid=True)) + layout.render("nat", nat)
 
 
 CASES: dict[str, tuple[list[Object], Family, NodeSettings]] = {
@@ -35,7 +33,7 @@ CASES: dict[str, tuple[list[Object], Family, NodeSettings]] = {
     ),
     "external-local-and-ranges": (
         [service("web", "10.96.0.1", HTTP, externalTrafficPolicy="Local", loadBalancerSourceRanges=["192.0.2.0/24"],
-                 **EVERYWHERE), piece("web", HERE, THERE)], Family.V4, PODS,
+                 healthCheckNodePort=32000, **EVERYWHERE), piece("web", HERE, THERE)], Family.V4, PODS,
     ),
     "internal-local-without-endpoint": (
         [service("web", "10.96.0.1", internalTrafficPolicy="Local"), piece("web", THERE)], Family.V4, PODS,

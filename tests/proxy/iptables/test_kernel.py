@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.modes import ApplyError
 from proxy.modes.iptables.mode import IptablesMode, parse
@@ -203,3 +204,33 @@ def test_the_service_at_fault_is_named(netns: Names, backend: Backend) -> None:
         assert [key.service for key in caught.value.servers] == ["a/bad"]
         mode.sync([full()])
         assert mode.audit().found == ()
+
+
+@both
+def test_load_balancers_reach_health_check_node_ports_as_they_come_and_go(netns: Names, backend: Backend) -> None:
+    """Also through an INPUT chain that drops: as kube-proxy has it. Twenty of them make a tree."""
+    base = plan(server("a/web", cluster_ip("10.96.0.1", 80), cluster=(POD1,)))
+    checked = [
+        replace(server(f"a/lb{n}", cluster_ip(f"10.96.1.{n}", 80), cluster=(POD1,)), health_check_port=30100 + 7 * n)
+        for n in range(20)
+    ]
+
+    def accepted() -> list[str]:
+        saved = node.run(f"iptables-{backend}-save", "-t", "filter")
+        return re.findall(r"--dport (\d+) .*lb\d+ health check node port\" -j ACCEPT", saved)
+
+    node = netns("node")
+    with inside(node):
+        mode = IptablesMode(backend)
+        mode.sync([base])
+        now = base
+        for count in (1, 20, 2, 0):
+            then = plan(*base.servers.values(), *checked[:count])
+            keys = tuple({**now.servers, **then.servers})
+            mode.update([PlanChange(now, then, keys)])
+            assert sorted(accepted()) == sorted(str(each.health_check_port) for each in checked[:count])
+            assert not mode.tampered()
+            assert mode.audit().found == ()
+            now = then
+        mode.cleanup()
+        assert "PYNET" not in dump(node, backend)

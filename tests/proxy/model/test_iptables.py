@@ -25,7 +25,7 @@ def whole(plan: Plan) -> Chains:
 
 def fresh(plan: Plan) -> Ruleset:
     rules = Ruleset(WORLDS[plan.family].node)
-    filters = layout.filter_chains(plan.family, plan.settings, drop_invalid=True)
+    filters = layout.filter_chains(plan, drop_invalid=True)
     for table, chains in (("filter", filters), ("nat", whole(plan))):
         jumps = [f"-I {builtin} -j {ours}" for name, builtin, ours in layout.JUMPS if name == table]
         for part in layout.in_parts(table, chains, (), jumps, 40):

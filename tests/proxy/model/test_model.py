@@ -9,7 +9,7 @@ import pytest
 from proxy.modes.iptables import layout
 from proxy.modes.nftables.script import render
 from proxy.modes.nftables.table import Table
-from proxy.plan import Endpoint, Family, Packet, Plan, verdict
+from proxy.plan import Endpoint, Packet, Plan, verdict
 from support.packetmodel import iptables, nft
 from support.packetmodel.outcomes import End, UnknownRule, differ, ends_of
 from support.plans import DROP, LOCAL, cluster_ip, node_port, plan, server
@@ -44,7 +44,7 @@ def of_nft(wanted: Plan) -> nft.Ruleset:
 def of_iptables(wanted: Plan) -> iptables.Ruleset:
     rules = iptables.Ruleset(NODE)
     nat = layout.nat_chains(wanted, layout.directory(wanted).chains())
-    chains = {"filter": layout.filter_chains(Family.V4, wanted.settings, drop_invalid=True), "nat": nat}
+    chains = {"filter": layout.filter_chains(wanted, drop_invalid=True), "nat": nat}
     for table, content in chains.items():
         jumps = [f"-I {builtin} -j {ours}" for name, builtin, ours in layout.JUMPS if name == table]
         rules.run(layout.render(table, content, (), jumps))
