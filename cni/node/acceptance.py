@@ -7,24 +7,13 @@ touched, and told. The chain is decided purely; `ensure` applies it.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from pynet.daemon import logs
 from pynet.kernel import nftables
-from pynet.kernel.iptables import (
-    BACKENDS,
-    Backend,
-    IptablesError,
-    Tool,
-    Version,
-    legacy_forward_policy,
-    legacy_size,
-)
-from pynet.kernel.nfnetlink import Nfnetlink, NfnetlinkError
+from pynet.kernel.iptables import BACKENDS, Backend, IptablesError, Tool, Version
 from pynet.netstate import family_of
 
 log = logs.get(__name__)
@@ -32,7 +21,6 @@ CHAIN = "PYNET-PODS"  # pyproxy has a PYNET-FORWARD of its own
 _JUMP = ["-m", "comment", "--comment", "pynetd: pods", "-j", CHAIN]
 _REFUSES_ALL = re.compile(r'^-A FORWARD (-m comment --comment ("[^"]*"|\S+) )?-j (DROP|REJECT)\b')
 VERSIONS: tuple[Version, ...] = (4, 6)
-_GLANCE = 1.0  # seconds between glances
 
 
 def position(rules: list[str]) -> int | None:
@@ -89,35 +77,6 @@ def foreign_closed() -> list[dict[str, str]]:
         and (chain["family"], chain["table"]) not in (("ip", "filter"), ("ip6", "filter"))
         and chain["family"] in ("ip", "ip6", "inet")
     ]
-
-
-def watch(changed: Callable[[], None], stop: threading.Event) -> None:
-    """Call `changed` whenever somebody may have closed a FORWARD chain, until `stop` is set. Docker does so whenever it
-    starts, and tells nobody.
-    """
-    kernel = Nfnetlink()
-    last = glance(kernel)
-    while not stop.wait(_GLANCE):
-        now = glance(kernel)
-        if now != last:
-            last = now
-            changed()
-    kernel.close()
-
-
-def glance(kernel: Nfnetlink) -> tuple[tuple[int, ...], ...]:
-    """Return what differs when the FORWARD chain of a back end was closed, cheap enough for every second: its policy
-    and the number of its rules (of the legacy table's, as it has no number for a chain). Makes no table.
-    """
-    found: list[tuple[int, ...]] = []
-    for version, family in ((4, "ip"), (6, "ip6")):
-        with contextlib.suppress(NfnetlinkError):
-            found.append((version, *kernel.policy(family, "filter", "FORWARD")))
-    for version in VERSIONS:
-        # a table that changes under our eyes is read the next time
-        with contextlib.suppress(IptablesError):
-            found.append((version, legacy_size(version, "filter")[0], legacy_forward_policy(version)))
-    return tuple(found)
 
 
 def remove() -> bool:

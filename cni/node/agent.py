@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from cni.node import acceptance, conflist, forwarding, masquerading
+from cni.node.glance import Glances
 from cni.node.ledger import Ledger
 from cni.node.masquerade import LINK_LOCAL, Masquerade, masquerade
 from cni.node.membership import Membership
@@ -76,7 +77,8 @@ class Agent:
         self._looked = self._audited = -float("inf")
         self._accepted: tuple[str, ...] = ()
         self._accepted_at = -float("inf")
-        self._closing = threading.Event()
+        self._rules_changed = threading.Event()
+        self.glances = Glances()
         self._closed: list[str] = []
         self._failures = 0
         self._timer: threading.Timer | None = None
@@ -110,9 +112,9 @@ class Agent:
             self._look.set()
             self._runner.request()
 
-    def on_forward(self) -> None:
-        """Take word that somebody may have closed a FORWARD chain."""
-        self._closing.set()
+    def on_glance(self) -> None:
+        """Take word that somebody may have closed a FORWARD chain, or changed our masquerade."""
+        self._rules_changed.set()
         self._runner.request()
 
     def run(self, stop: threading.Event) -> None:
@@ -127,7 +129,8 @@ class Agent:
         if current is None:
             return
         members, problems = current
-        audit = started - self._audited >= self._options.resync
+        audit = self._rules_changed.is_set() or started - self._audited >= self._options.resync
+        self._rules_changed.clear()
         look = self._look.is_set() or started - self._looked >= self._pause
         if look:
             self._look.clear()
@@ -144,12 +147,13 @@ class Agent:
         self._note_links(outcome)
         failed = [
             self._step(problems, "masquerade", lambda: self._masquerade(members, want, audit)),
-            self._step(problems, "forwarding", lambda: self._forwarding(outcome, problems)),
+            self._step(problems, "forwarding", lambda: self._forwarding(outcome, problems, audit)),
             self._step(problems, "network configuration", lambda: self._configure_runtime(want, problems)),
             self._step(problems, "status", lambda: self._report(outcome, problems)),
         ]
-        if audit and not any(failed):
-            self._audited = started
+        if audit:
+            self.glances.note()
+            self._audited = started if not any(failed) else self._audited
         self._after(any(failed) or outcome.refused > 0, started)
         self._tell(problems)
         if not any(failed) and not self.ready.is_set():
@@ -180,7 +184,7 @@ class Agent:
         self._masquerading.ensure(sets, audit)
         self._masqueraded = (members, want.pod_cidrs, sets)
 
-    def _forwarding(self, outcome: Outcome, problems: list[Problem]) -> None:
+    def _forwarding(self, outcome: Outcome, problems: list[Problem], audit: bool) -> None:
         want = outcome.want
         families = {family_of(cidr) for cidr in want.pod_cidrs} | {family_of(route.dst) for route in want.routes}
         loose = {device.name for device in want.devices}
@@ -190,9 +194,8 @@ class Agent:
         outer = [link.name for link in outcome.state.links if link.name not in quiet]
         complaints = forwarding.sysctls(families, sorted(loose), outer)
         passing = self._options.settings.cluster_cidrs or want.pod_cidrs
-        due = self._closing.is_set() or time.monotonic() - self._accepted_at >= self._pause
+        due = audit or time.monotonic() - self._accepted_at >= self._pause
         if due or passing != self._accepted:
-            self._closing.clear()
             self._closed = acceptance.ensure(passing)
             self._accepted, self._accepted_at = passing, time.monotonic()
         problems += [Problem("forwarding", complaint) for complaint in (*complaints, *self._closed)]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cni.install import install
-from cni.node import acceptance, status
+from cni.node import status
 from cni.node.addresses import usage
 from cni.node.agent import Agent, Options
 from cni.node.cleanup import clean
@@ -201,9 +201,8 @@ def _work(options: Options, source: Source, events: Events, healthz: str, metric
         if options.ledger is not None:
             following = (agent.on_record, stop)
             threads.append(threading.Thread(target=options.ledger.watch, args=following, name="record", daemon=True))
-        threads.append(
-            threading.Thread(target=acceptance.watch, args=(agent.on_forward, stop), name="forward", daemon=True)
-        )
+        glancing = (agent.on_glance, stop)
+        threads.append(threading.Thread(target=agent.glances.watch, args=glancing, name="glance", daemon=True))
         threads.append(threading.Thread(target=_watchdog, args=(agent, stop), name="watchdog", daemon=True))
         for thread in threads:
             thread.start()

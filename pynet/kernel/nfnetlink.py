@@ -22,7 +22,7 @@ NEWRULE, GETRULE = 6, 7
 GETSET, DELSET = 10, 11
 NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
 NEWGEN, GETGEN = 15, 16
-FAMILIES = {"ip": socket.AF_INET, "ip6": socket.AF_INET6}
+FAMILIES = {"inet": 1, "ip": socket.AF_INET, "ip6": socket.AF_INET6}  # NFPROTO_INET, and the two as sockets know them
 
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 10
@@ -289,7 +289,9 @@ class Nfnetlink:
         return found
 
     def policy(self, family: str, table: str, chain: str) -> tuple[int, int]:
-        """Return a base chain's policy (0 drops) and how many rules it has; (-1, 0): there is no such chain."""
+        """Return a base chain's policy (0 drops; of another chain 0) and how many rules it has, jumps to it counted in;
+        (-1, 0): there is no such chain.
+        """
         try:
             ((_, payload),) = self._ask(GETCHAIN, family, string(1, table) + string(3, chain), 0)
         except NfnetlinkError as error:

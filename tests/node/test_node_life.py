@@ -52,7 +52,7 @@ def test_cleanup_leaves_what_was_there_before(own: Machine) -> None:
 
     before = seen()
     own.start()
-    own.stop()
+    own.stop(signal.SIGKILL)
     own.space.run(str(programs() / "pynetd"), "--cleanup", f"--state-dir={own.state}", f"--cni-conf-dir={own.conf}")
     assert seen() == before
     assert list(own.conf.iterdir()) == []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
-from cni.node.acceptance import glance
+from cni.node.glance import glance
 from pynet.kernel import netns as netns_of
 from pynet.kernel.nfnetlink import Nfnetlink
 from support.netns import Names, Namespace, programs
@@ -130,3 +131,23 @@ def test_a_forward_chain_closed_while_the_agent_runs_lets_pods_pass(own: Machine
     rules = ["-P FORWARD DROP", '-A FORWARD -m comment --comment "pynetd: pods" -j PYNET-PODS', "-A FORWARD -j DROP"]
     until("opened", lambda: own.space.run("iptables", "-S", "FORWARD").splitlines() == rules)
     assert "-A PYNET-PODS -s 10.244.0.0/16 -j ACCEPT" in own.space.run("iptables", "-S", "PYNET-PODS")
+
+
+@pytest.mark.parametrize(
+    ("masquerade", "flush"),
+    [
+        ("nftables", "nft flush ruleset"),
+        ("nftables", "nft flush chain inet pynet-node postrouting"),
+        ("iptables", "iptables-nft -t nat -F"),
+    ],
+)
+def test_a_masquerade_that_somebody_flushes_is_back(own: Machine, masquerade: str, flush: str) -> None:
+    own.start(f"--masquerade={masquerade}", "--resync-period=1h")
+
+    def rules() -> str:
+        return re.sub(r"counter packets \d+ bytes \d+", "", own.space.run("nft", "list", "ruleset"))
+
+    before = rules()
+    assert "masquerade" in before or "MASQUERADE" in before
+    own.space.run(*flush.split())
+    until("back", lambda: rules() == before)
