@@ -13,6 +13,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 import msgspec
 
 from proxy.plan import Family, ServerKey
+from pynet.ipvs import SCHEDULERS
 from pynet.objects import BadObject, Service, ServicePort
 
 SCHEDULER_ANNOTATION = "pynet/scheduler"
@@ -28,7 +29,8 @@ MAX_ADDRESSES = 1_000
 MAX_WEIGHT = 65_535
 MAX_NAME = 253
 _REMOVAL = re.compile(r"keep|reset|drain:[1-9][0-9]{0,5}")
-_SCHEDULER = re.compile(r"[a-z][a-z0-9]{0,14}")
+_SCHEDULERS = ("random", *SCHEDULERS)
+_SCHEDULER = re.compile("|".join(_SCHEDULERS))
 
 
 class ServedPort(msgspec.Struct, frozen=True, gc=False):
@@ -153,7 +155,9 @@ def facts_of(service: Service) -> ServiceFacts | None:
         health_check_node_port=_port(service, "spec.healthCheckNodePort", spec.health_check_node_port, 0)
         if is_health_checked
         else 0,
-        scheduler=_annotation(service, annotations, SCHEDULER_ANNOTATION, _SCHEDULER, "a scheduler's name, as rr"),
+        scheduler=_annotation(
+            service, annotations, SCHEDULER_ANNOTATION, _SCHEDULER, f"one of {', '.join(_SCHEDULERS)}"
+        ),
         removal=_annotation(service, annotations, REMOVAL_ANNOTATION, _REMOVAL, "keep, reset or drain:SECONDS")
         or "keep",
         weights=_weights(service, annotations.get(WEIGHTS_ANNOTATION, "")),
@@ -211,6 +215,9 @@ def _address(service: Service, field: str, text: str) -> tuple[Family, str]:
     found = canonical_address(text)
     if found is None:
         raise BadObject(where(service), field, f"{text[:60]!r} is no IP address")
+    parsed = ipaddress.ip_address(found[1])
+    if parsed.is_loopback or parsed.is_unspecified or parsed.is_multicast:  # it would take what is not a Service's
+        raise BadObject(where(service), field, f"{text[:60]!r} is a loopback, multicast or unspecified address")
     return found
 
 

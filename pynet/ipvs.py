@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-SCHEDULERS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "sed", "nq", "mh", "lblc", "lblcr", "fo", "ovf")
+SCHEDULERS = ("rr", "wrr", "lc", "wlc", "sh", "dh", "sed", "nq", "mh", "lblc", "lblcr", "fo", "ovf", "twos")
 
 PERSISTENT = 0x1
 SCHED_FALLBACK = 0x8  # sh, mh: another destination where the hashed one has weight 0

@@ -67,6 +67,9 @@ def test_left_alone(made: Any) -> None:
         ({"externalIPs": ["1.2.3"]}, "spec.externalIPs[0]"),
         ({"ingress": [{"ip": "nope"}]}, "status.loadBalancer.ingress[0]"),
         ({"loadBalancerSourceRanges": ["10.0.0.0/8", "10.0.0.0"]}, "spec.loadBalancerSourceRanges[1]"),
+        ({"clusterIP": "127.0.0.1", "clusterIPs": ["127.0.0.1"]}, "spec.clusterIPs[0]"),
+        ({"externalIPs": ["203.0.113.1", "224.0.0.1"]}, "spec.externalIPs[1]"),
+        ({"externalIPs": ["::"]}, "spec.externalIPs[0]"),
         ({"sessionAffinity": "Cookie"}, "spec.sessionAffinity"),
         (
             {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 0}}},
@@ -75,6 +78,7 @@ def test_left_alone(made: Any) -> None:
         ({"externalTrafficPolicy": "local"}, "spec.externalTrafficPolicy"),
         ({"internalTrafficPolicy": "X"}, "spec.internalTrafficPolicy"),
         ({"annotations": {"pynet/scheduler": "rr -j ACCEPT"}}, "metadata.annotations[pynet/scheduler]"),
+        ({"annotations": {"pynet/scheduler": "fastest"}}, "metadata.annotations[pynet/scheduler]"),
         ({"annotations": {"pynet/removal": "drain"}}, "metadata.annotations[pynet/removal]"),
         ({"annotations": {"pynet/weights": "10.0.0.1=0"}}, "metadata.annotations[pynet/weights]"),
         ({"externalIPs": ["10.0.0.1"] * 1001}, "spec.externalIPs"),

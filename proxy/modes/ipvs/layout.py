@@ -55,12 +55,19 @@ _ORIGINS = {Origin.POD: "POD", Origin.NODE: "NODE", Origin.OUTSIDE: "OUT"}
 class Wanted(msgspec.Struct, frozen=True, gc=False):
     """A virtual server and its destinations' weights. Without any it is there only while connections end.
 
-    `drain_seconds`: how long a removed destination may keep its connections; 0: it goes at once.
+    `drain_seconds`: how long a removed destination may keep its connections; 0: it goes at once, but for those that
+    are `answering` still, which have until `answering_seconds` from when they got their last new connection.
     """
 
     service: Service
     destinations: dict[DestinationId, int]
     drain_seconds: float = 0.0
+    answering: frozenset[DestinationId] = frozenset()
+    answering_seconds: float = 0.0
+
+    def seconds_of(self, removed: DestinationId) -> float:
+        """Return how long a removed destination may keep its connections."""
+        return self.drain_seconds or (self.answering_seconds if removed in self.answering else 0.0)
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -207,11 +214,14 @@ def _wanted(
     ground: Ground, server: VirtualServer, endpoints: tuple[Endpoint, ...], *, is_marked: bool = False
 ) -> Wanted:
     service = _service(ground, server, endpoints, is_marked)
-    return Wanted(
-        service,
-        {DestinationId(endpoint.address, endpoint.port): endpoint.weight for endpoint in endpoints},
-        _drain_seconds(server, service, ground.drain_seconds),
-    )
+    destinations = {DestinationId(endpoint.address, endpoint.port): endpoint.weight for endpoint in endpoints}
+    if _drops_at_once(server, service):
+        return Wanted(service, destinations)
+    if server.removal == "reset":
+        answering = frozenset(DestinationId(each.address, each.port) for each in server.draining)
+        return Wanted(service, destinations, 0.0, answering, ground.drain_seconds)
+    word, _, seconds = server.removal.partition(":")
+    return Wanted(service, destinations, float(seconds) if word == "drain" else ground.drain_seconds)
 
 
 def _service(ground: Ground, server: VirtualServer, endpoints: tuple[Endpoint, ...], is_marked: bool) -> Service:
@@ -230,16 +240,13 @@ def _service(ground: Ground, server: VirtualServer, endpoints: tuple[Endpoint, .
     )
 
 
-def _drain_seconds(server: VirtualServer, service: Service, limit: float) -> float:
-    """Return how long a removed destination stays with weight 0: until its connections end, but no longer than that.
+def _drops_at_once(server: VirtualServer, service: Service) -> bool:
+    """Whether a removed destination cannot stay with weight 0 until its connections end.
 
     UDP knows no end: its flows would stay with a dead endpoint for as long as the client sends. `dh` drops new
     connections that it leads to a destination of weight 0.
     """
-    if server.key.protocol == "UDP" or server.removal == "reset" or service.scheduler == "dh":
-        return 0.0
-    word, _, seconds = server.removal.partition(":")
-    return float(seconds) if word == "drain" else limit
+    return server.key.protocol == "UDP" or service.scheduler == "dh"
 
 
 def frontend_entry(name: ServiceId) -> str:

@@ -169,6 +169,7 @@ class IpvsMode:
         held = _held(family, saved)
         present = self._ipvs().services()
         ours = self._ours(family, held, present)
+        self._foreign &= present.keys()
         foreign = {name for name in present if name not in ours or name in self._foreign}
         ground = self._ground(plan, frozenset(foreign))
         self._tell_foreign(layout.in_the_way(ground, plan))
@@ -280,7 +281,7 @@ class IpvsMode:
         return taken[0] != taken[1] or not self._told_lacking(schedulers) <= ground.lacking
 
     def _ours(self, family: Family, held: sets.Entries, present: Collection[ServiceId]) -> set[ServiceId]:
-        """Return the virtual servers of the kernel that are ours and not excluded."""
+        """Return the virtual servers of the kernel that are ours: with an excluded address only what a set names."""
         version = tables.VERSIONS[family]
         marks = set(sets.marks_of(held["SPLIT"]).values())
         on_link = self._node.link_addresses(family)
@@ -291,9 +292,9 @@ class IpvsMode:
             and (
                 name.mark in marks
                 if name.mark
-                else layout.frontend_entry(name) in held["SERVERS"] or name.address in on_link
+                else layout.frontend_entry(name) in held["SERVERS"]
+                or (name.address in on_link and not inside(name.address, self._options.exclude_cidrs))
             )
-            and not (name.address and inside(name.address, self._options.exclude_cidrs))
         }
 
     def _tell_foreign(self, names: Mapping[ServiceId, ServerKey]) -> None:
@@ -313,8 +314,9 @@ class IpvsMode:
             live[name] = Live(service, {one: state.weight for one, state in destinations.items()})
         for name, gone in draining(live, want).items():
             for one in gone:
-                if name in want and want[name].drain_seconds and not live[name].destinations[one]:
-                    self._drains.begin(name, one, self._clock() + want[name].drain_seconds)
+                seconds = want[name].seconds_of(one) if name in want else 0.0
+                if seconds and not live[name].destinations[one]:
+                    self._drains.begin(name, one, self._clock() + seconds)
         return steps(live, want)
 
     def _live(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Live]:

@@ -60,7 +60,7 @@ def steps(have: Mapping[ServiceId, Live], want: Mapping[ServiceId, Wanted]) -> l
 def _changes(name: ServiceId, live: Live, wanted: Wanted) -> list[Step]:
     found = []
     gone = [one for one in live.destinations if one not in wanted.destinations]
-    draining = gone if wanted.drain_seconds else []
+    draining = [one for one in gone if wanted.seconds_of(one)]
     if not wanted.destinations and not draining:
         return [Step(Do.DELETE_SERVICE, name)]
     if wanted.destinations and live.service != wanted.service:
@@ -74,7 +74,7 @@ def _changes(name: ServiceId, live: Live, wanted: Wanted) -> list[Step]:
         if one not in draining:
             found.append(Step(Do.DELETE, name, None, one))
         elif live.destinations[one]:
-            found.append(Step(Do.SET, name, None, one, 0, wanted.drain_seconds))
+            found.append(Step(Do.SET, name, None, one, 0, wanted.seconds_of(one)))
     return found
 
 

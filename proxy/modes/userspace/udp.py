@@ -79,6 +79,7 @@ class UdpDoor:
             session = self._sessions.get(client) or self._begin(client, ancillary)
             if session is not None:
                 session.used = self._loop.time()
+                session.reply_from = _reply_from(ancillary)  # one socket may ask several addresses of the node
                 session.last = data
                 session.tried = {session.endpoint}
                 self._send(client, session, data)

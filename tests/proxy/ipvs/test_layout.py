@@ -139,6 +139,17 @@ def test_how_long_an_endpoint_drains(protocol: str, removal: str, scheduler: str
     server = msgspec.structs.replace(WEB, key=key, removal=removal, scheduler=scheduler)
     (wanted,) = layout.piece(GROUND, server).services.values()
     assert wanted.drain_seconds == seconds
+    assert not wanted.answering
+
+
+def test_a_reset_waits_for_an_endpoint_that_answers_still() -> None:
+    ending = Endpoint("10.244.2.9", 8080)
+    for protocol, seconds in (("TCP", 3600.0), ("UDP", 0.0)):
+        key = ServerKey("default/web", "", protocol)
+        server = msgspec.structs.replace(WEB, key=key, removal="reset", draining=(ending,))
+        (wanted,) = layout.piece(GROUND, server).services.values()
+        assert wanted.seconds_of(DestinationId("10.244.2.9", 8080)) == seconds
+        assert wanted.seconds_of(DestinationId("10.244.2.8", 8080)) == 0.0
 
 
 def test_foreign_servers_and_taken_addresses_are_left_out() -> None:
@@ -178,6 +189,9 @@ RR = Service("rr")
         (Live(RR, {A: 1, B: 0}), Wanted(RR, {A: 1}, 9.0), []),  # it drains already
         (Live(RR, {A: 1, B: 0}), Wanted(RR, {A: 1, B: 1}, 9.0), [Step(Do.SET, VIP, None, B, 1)]),  # taken back
         (Live(RR, {A: 1}), Wanted(RR, {}, 9.0), [Step(Do.SET, VIP, None, A, 0, 9.0)]),  # stays while it drains
+        # reset, and it terminates but answers still; then it is gone
+        (Live(RR, {A: 1, B: 1}), Wanted(RR, {A: 1}, 0.0, frozenset({B}), 9.0), [Step(Do.SET, VIP, None, B, 0, 9.0)]),
+        (Live(RR, {A: 1, B: 0}), Wanted(RR, {A: 1}, 0.0), [Step(Do.DELETE, VIP, None, B)]),
         (Live(RR, {A: 1}), Wanted(RR, {}), [Step(Do.DELETE_SERVICE, VIP)]),
     ],
 )
