@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 
 from vm import machine
+from vm.halves import Halves
 
 LIMIT_SECONDS = 1800
+GUEST_PROCESSES = 2
 
 
 def in_guest() -> bool:
@@ -30,15 +32,22 @@ def in_guest() -> bool:
 
 
 class Reporter:
-    """In the guest: each test's reports, a JSON line each, for the host to read while the tests go on."""
+    """In the guest: each test's reports, a JSON line each, for the host to read while the tests go on.
 
-    def __init__(self, config: pytest.Config, path: Path) -> None:
+    Each process has a file of its own.
+    """
+
+    def __init__(self, config: pytest.Config, folder: Path) -> None:
         self._config = config
-        self._out = path.open("a", encoding="utf-8", buffering=1)
+        self._folder = folder
+        self.write_as(0)
+
+    def write_as(self, number: int) -> None:
+        """Write to the file of the process of this number."""
+        self._out = (self._folder / f"reports-{number}").open("a", encoding="utf-8", buffering=1)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
-        data.pop("node", None)  # xdist's own object in this process
         self._out.write(json.dumps(data, default=str) + "\n")
 
 
@@ -52,7 +61,7 @@ class Lane:
         run = worker["testrunuid"] if worker else f"pid{os.getpid()}"
         self._share = machine.CACHE / f"run-{run}"
         self._machine: subprocess.Popen[bytes] | None = None
-        self._read = 0
+        self._read: dict[Path, int] = {}
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._deadline = 0.0
 
@@ -76,8 +85,8 @@ class Lane:
             self._machine = machine.boot(
                 [
                     "env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1",  # they take long to import
-                    "python", "-m", "pytest", f"@{self._share}/arguments", "-p", "xdist", "-n", "2",
-                    "--dist", "loadfile", "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
+                    "python", "-m", "pytest", f"@{self._share}/arguments",
+                    "-p", "no:cacheprovider", "-q", "--color=no", "--durations=15",
                 ],
                 image, share=self._share, stdout=console, stderr=console,
             )  # fmt: skip
@@ -132,18 +141,16 @@ class Lane:
             time.sleep(0.2)
 
     def _collect(self) -> None:
-        try:
-            with (self._share / "reports").open("rb") as file:
-                file.seek(self._read)
+        for path in self._share.glob("reports-*"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
                 data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            raw: dict[str, Any] = json.loads(line)
-            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=raw)
-            self._reports.setdefault(report.nodeid, []).append(report)
+            whole = data[: data.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                raw: dict[str, Any] = json.loads(line)
+                report = self._config.hook.pytest_report_from_serializable(config=self._config, data=raw)
+                self._reports.setdefault(report.nodeid, []).append(report)
 
     def _ended(self) -> bool:
         """Tell whether the machine is gone; another worker's is looked up by its process id."""
@@ -199,7 +206,9 @@ def install(config: pytest.Config) -> None:
     """Run or forward the tests marked `vm`, as this process is in the guest or not."""
     if in_guest():
         reports = os.environ.get("PYNET_VM_REPORTS")
-        if reports and not hasattr(config, "workerinput"):
-            config.pluginmanager.register(Reporter(config, Path(reports)))
+        if reports:
+            reporter = Reporter(config, Path(reports))
+            config.pluginmanager.register(reporter)
+            config.pluginmanager.register(Halves(GUEST_PROCESSES, reporter.write_as))
     else:
         config.pluginmanager.register(Lane(config))
