@@ -24,6 +24,7 @@ from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, registry
 from proxy.node_setup import prepare
 from proxy.plan import Family
+from proxy.refusals import CountsDrops, Refusals
 from proxy.service_health import ServiceHealth
 from proxy.snapshot import StateFile
 from proxy.zpages import zpages_routes
@@ -92,6 +93,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     followers: list[Follower] = [Cleaner(metrics), service_health, Watchdog()]
     if settings.hold_node_ports:
         followers.append(holder)
+    if isinstance(mode, CountsDrops):
+        followers.append(Refusals(mode, metrics))
     if args.config is not None:
         followers.append(ConfigWatch(args.config, stop))
 

@@ -116,6 +116,12 @@ class Metrics:
         self.audits = Counter("pyproxy_audits", "Comparisons with the kernel", registry=registry)
         self.drift = Counter("pyproxy_drift", "Differences that an audit repaired", registry=registry)
         self.tampered = Counter("pyproxy_tampered", "Times that our rules were found removed", registry=registry)
+        self.refused = Gauge(
+            "pyproxy_refused_packets",
+            "First packets of connections refused or dropped in the last day, in nftables mode",
+            ["reason", *_FAMILY],
+            registry=registry,
+        )
         self.contests = Gauge("pyproxy_contested_frontends", "Addresses that two Services claim", registry=registry)
 
     def begin(self, families: Iterable[Family], mode: str) -> None:

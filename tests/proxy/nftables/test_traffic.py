@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from proxy.metrics import Metrics
 from proxy.modes.nftables.mode import Nftables
 from proxy.modes.nftables.names import TABLE
 from proxy.plan import Endpoint, Family, Plan, PlanChange, VirtualServer
+from proxy.refusals import Refusals
 from support.netns import Names
 from support.plans import DROP, cluster_ip, load_balancer, node_port, plan, server
 from support.servicenet import REFUSED, SILENCE, ServiceNet, inside
@@ -69,6 +71,11 @@ def test_what_is_not_let_through_is_counted_by_reason_and_frontend(net: ServiceN
         assert found["no-endpoint"] == {(Family.V4, "10.96.0.1 . tcp . 80"): 3}
         assert found["local-policy"] == {(Family.V4, "10.96.0.2 . tcp . 80"): 1}
         assert found["source-range"] == {(Family.V4, "203.0.113.1 . tcp . 80"): 1}
+        metrics = Metrics()
+        Refusals(mode, metrics).tick(1.0)
+        for family, count in (("IPv4", 3), ("IPv6", 0)):
+            labels = {"reason": "no-endpoint", "ip_family": family}
+            assert metrics.registry.get_sample_value("pyproxy_refused_packets", labels) == count
 
 
 def test_a_client_is_forgotten_after_the_timeout(net: ServiceNet) -> None:
