@@ -176,22 +176,18 @@ def links(namespace: Namespace) -> dict[str, dict[str, Any]]:
 
 def residue(namespace: Namespace) -> dict[str, Any]:
     """Return what an attachment could leave in a host: links (but for bridges' states), addresses, rules."""
-    found = {
-        name: (link.get("linkinfo", {}).get("info_kind"), link.get("ifalias"))
-        for name, link in links(namespace).items()
-    }
+    shown = ("ip -j -d link", "ip -j addr", "nft list ruleset", "iptables-nft-save", "tc qdisc show")
+    output = namespace.run("sh", "-c", " && echo ---- && ".join(shown))
+    found, addressed, nft, iptables, qdisc = output.split("----\n")
     return {
-        "links": found,
+        "links": {
+            link["ifname"]: (link.get("linkinfo", {}).get("info_kind"), link.get("ifalias"))
+            for link in json.loads(found)
+        },
         "addresses": sorted(
-            a["local"] for entry in json.loads(namespace.run("ip", "-j", "addr")) for a in entry["addr_info"]
-            if a["scope"] == "global"
+            a["local"] for entry in json.loads(addressed) for a in entry["addr_info"] if a["scope"] == "global"
         ),
-        "nft": namespace.run("nft", "list", "ruleset"),
-        "iptables": [line for line in namespace.run("iptables-nft-save").splitlines() if line.startswith("-A")],
-        "qdisc": namespace.run("tc", "qdisc", "show"),
-    }  # fmt: skip
-
-
-def cluster(netns: Names, state: Path) -> Runtime:
-    """Return a runtime in a host namespace of its own."""
-    return Runtime(netns("host"), state)
+        "nft": nft,
+        "iptables": [line for line in iptables.splitlines() if line.startswith("-A")],
+        "qdisc": qdisc,
+    }
