@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.netns import Names, Namespace, programs
+from support.netns import Namespace, programs
 
 NSENTER = shutil.which("nsenter") or "nsenter"
 REFERENCE = Path("/usr/lib/cni")
