@@ -29,7 +29,7 @@ from cni.ctl import step
 from cni.ipam import verbs as ipam
 from cni.netconf import NetConf
 from cni.spec import CniError, Request
-from pynet.kernel import netlink, netns, rtnl, sysctl
+from pynet.kernel import netlink, netns, nftables, rtnl, sysctl
 
 
 def add(request: Request, environment: Mapping[str, str], context: Context, given: int) -> str:
@@ -238,7 +238,15 @@ class _Adding:
             self.record = self.record._replace(elements=(*known, *spoofcheck.keys(host_link.name, mac.mac)))
         if elements:
             self.undoing("nftables", lambda: ruleset.remove(list(self.record.elements), self.tag))
-            ruleset.apply(base, list(dict.fromkeys(elements)), first=first)
+            try:
+                ruleset.apply(base, list(dict.fromkeys(elements)), first=first)
+            except (netlink.NetlinkError, nftables.NftError):
+                for held in ruleset.others(self.record.elements, self.tag):
+                    raise CniError(
+                        spec.FAILED,
+                        f"nftables: {held.table} {held.name}: {held.key} is already claimed by {held.owner}",
+                    ) from None
+                raise
         if conf.ip_masq and conf.ip_masq_backend == "iptables":
             from cni import iptmasq  # only who asks for it waits for its imports
 

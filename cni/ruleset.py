@@ -157,6 +157,12 @@ def owned() -> list[Element]:
     return snapshot()[0]
 
 
+def others(elements: tuple[str, ...], tag: str) -> list[Element]:
+    """Return those of the elements (as named for removal) that are another owner's."""
+    wanted = {plain(element) for element in elements}
+    return [one for one in owned() if one.owner != tag and plain(one.text) in wanted]
+
+
 def snapshot() -> tuple[list[Element], set[tuple[str, str]]]:
     """Return the elements in our tables that have an owner, and the chains that have rules, as (table, chain)."""
     found: list[Element] = []

@@ -191,6 +191,21 @@ def test_a_claimed_port_is_refused_with_its_owner(bench: Bench, netns: Names) ->
     second.check()
 
 
+def test_a_port_is_claimed_even_when_the_records_are_lost(bench: Bench, netns: Names) -> None:
+    first, second = Pod(bench.runtime, netns("a")), Pod(bench.runtime, netns("b"))
+    first.add(bench.conf(tcp()))
+    for path in bench.runtime.state.glob("attachments*"):
+        path.unlink()
+    before = residue(bench.host)
+    with pytest.raises(CniFailure, match="tcp . 8080 is already claimed by net " + first.container):
+        second.add(bench.conf(tcp()))
+    assert residue(bench.host) == before
+    first.check()
+    first.delete()
+    second.add(bench.conf(tcp()))
+    second.check()
+
+
 def test_the_port_of_a_dead_pod_is_free(bench: Bench, netns: Names) -> None:
     dead, heir = netns("dead"), Pod(bench.runtime, netns("heir"))
     pod = Pod(bench.runtime, dead)
