@@ -188,6 +188,10 @@ class ServiceNet:
         with made:
             made.settimeout(wait)
             try:
+                if protocol == "SCTP" and not address.startswith("127."):
+                    # an association knows all addresses of an unbound client, and after a loss its peer tries another
+                    # one of them, past the node that translates
+                    source = source or (self.hosts[client].v6 if family == socket.AF_INET6 else self.hosts[client].v4)
                 if source:
                     made.bind((source, 0))
                 made.connect((address, port))
