@@ -71,5 +71,5 @@ def _schema(told: Any) -> Json:
         for name, each in told.items()
         if name != "_"
     }
-    about = {"description": told["_"]} if "_" in told else {}
-    return {"type": "object", **about, "properties": properties}
+    described = {"description": told["_"]} if "_" in told else {}
+    return {"type": "object", **described, "properties": properties}
