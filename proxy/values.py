@@ -57,5 +57,5 @@ def spelled(value: object, *, is_duration: bool = False) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if is_duration and isinstance(value, int | float):
-        return f"{value:g}s"
+        return f"{value:.9f}".rstrip("0").rstrip(".") + "s"  # no exponent, which no reader of a duration knows
     return str(value)
