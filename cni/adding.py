@@ -17,6 +17,7 @@ from cni import (
     naming,
     netconf,
     removal,
+    results,
     ruleset,
     shaping,
     spec,
@@ -48,7 +49,7 @@ def add(request: Request, environment: Mapping[str, str], context: Context, give
             )
         adding = _Adding(request, conf, environment, context, host, pod, pod_netns)
         with adding.undo:
-            answer = spec.render(adding.run(), request.version)
+            answer = results.render(adding.run(), request.version)
             adding.undo.pop_all()
     return answer
 
@@ -71,7 +72,7 @@ class _Adding:
             *self.key, request.network, netns=request.netns, device=device, inode=inode, bridge=conf.bridge
         )
 
-    def run(self) -> spec.Result:
+    def run(self) -> results.Result:
         """Do all steps; each registers its undoing before it is done."""
         conf = self.conf
         step("add-start")
@@ -109,11 +110,11 @@ class _Adding:
 
         self.undo.callback(undo)
 
-    def allot(self) -> spec.Result:
+    def allot(self) -> results.Result:
         """Get addresses, routes and resolver settings from the IPAM plugin; an L2-only network has none."""
         kind = self.conf.ipam_type
         if not kind:
-            return spec.Result()
+            return results.Result()
         if kind == ipam.TYPE:
             result = ipam.add(self.request, self.context, self.pod_netns)
             self.undoing("IPAM", lambda: ipam.delete(self.request, self.context))
@@ -191,7 +192,7 @@ class _Adding:
             step("add-vlan")
         return link
 
-    def gateway(self, bridge: rtnl.Link, ips: list[spec.Ip]) -> rtnl.Link | None:
+    def gateway(self, bridge: rtnl.Link, ips: list[results.Ip]) -> rtnl.Link | None:
         """Put the gateways' addresses on the bridge, or on its link in the VLAN, and let the host forward."""
         conf = self.conf
         wanted = gateways.addresses(ips)
@@ -204,7 +205,9 @@ class _Adding:
         step("add-gateway")
         return link
 
-    def pod_side(self, addresses: list[wiring.IpInterface], ips: list[spec.Ip], routes: list[spec.Route]) -> rtnl.Link:
+    def pod_side(
+        self, addresses: list[wiring.IpInterface], ips: list[results.Ip], routes: list[results.Route]
+    ) -> rtnl.Link:
         """Give the pod's end its addresses and routes, unless it is to stay down."""
         ifname = self.request.ifname
         with netns.inside(self.pod_netns):
@@ -274,17 +277,17 @@ class _Adding:
 
     def result(
         self, bridge: rtnl.Link, host_link: rtnl.Link, pod_link: rtnl.Link, others: list[rtnl.Link],
-        ips: list[spec.Ip], routes: list[spec.Route], dns: spec.Dns,
-    ) -> spec.Result:  # fmt: skip
+        ips: list[results.Ip], routes: list[results.Route], dns: results.Dns,
+    ) -> results.Result:  # fmt: skip
         """Return the result, after what a plugin before us in the chain returned."""
-        before = self.conf.previous or spec.Result()
-        on_host = [spec.Interface(link.name, link.mac, mtu=link.mtu) for link in (bridge, host_link, *others)]
-        in_pod = spec.Interface(pod_link.name, pod_link.mac, self.request.netns, pod_link.mtu)
+        before = self.conf.previous or results.Result()
+        on_host = [results.Interface(link.name, link.mac, mtu=link.mtu) for link in (bridge, host_link, *others)]
+        in_pod = results.Interface(pod_link.name, pod_link.mac, self.request.netns, pod_link.mtu)
         number = len(before.interfaces) + 2
-        settings = [found for found in (self.conf.dns, dns, before.dns) if found != spec.Dns()]
-        return spec.Result(
+        settings = [found for found in (self.conf.dns, dns, before.dns) if found != results.Dns()]
+        return results.Result(
             interfaces=(*before.interfaces, *on_host[:2], in_pod, *on_host[2:]),
             ips=before.ips + tuple(ip._replace(interface=number) for ip in ips),
             routes=before.routes + tuple(routes),
-            dns=settings[0] if settings else spec.Dns(),
+            dns=settings[0] if settings else results.Dns(),
         )

@@ -14,6 +14,7 @@ from cni import (
     masquerade,
     naming,
     netconf,
+    results,
     ruleset,
     shaping,
     spec,
@@ -101,7 +102,7 @@ def links(request: Request, conf: NetConf, host: netlink.Socket, pod: netlink.So
     return veth, end
 
 
-def interfaces(request: Request, before: spec.Result, end: rtnl.Link, host: netlink.Socket) -> None:
+def interfaces(request: Request, before: results.Result, end: rtnl.Link, host: netlink.Socket) -> None:
     """Check the interfaces that prevResult lists against the kernel. Raise `CniError`."""
     ours = False
     for interface in before.interfaces:
@@ -123,7 +124,7 @@ def interfaces(request: Request, before: spec.Result, end: rtnl.Link, host: netl
         raise fail(f"prevResult has no interface {request.ifname} in the pod")
 
 
-def addresses(before: spec.Result, end: rtnl.Link, pod: netlink.Socket) -> list[wiring.IpInterface]:
+def addresses(before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> list[wiring.IpInterface]:
     """Check the pod's addresses against prevResult; return them. Raise `CniError`."""
     wanted = []
     present = {ipaddress.ip_interface((a.packed, a.prefix)) for a in rtnl.addresses(pod, end.ifindex)}
@@ -139,7 +140,7 @@ def addresses(before: spec.Result, end: rtnl.Link, pod: netlink.Socket) -> list[
     return wanted
 
 
-def routes(before: spec.Result, end: rtnl.Link, pod: netlink.Socket) -> None:
+def routes(before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> None:
     """Check the pod's routes against prevResult. Raise `CniError`."""
     present: dict[int, list[rtnl.Route]] = {}
     for route in before.routes:

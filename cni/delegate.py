@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from cni import spec
+from cni import results, spec
 
 _SECONDS = 120
 
@@ -33,14 +33,14 @@ def run(command: str, request: spec.Request, kind: str, environment: Mapping[str
     return done.stdout
 
 
-def add(request: spec.Request, kind: str, environment: Mapping[str, str]) -> spec.Result:
+def add(request: spec.Request, kind: str, environment: Mapping[str, str]) -> results.Result:
     """Have the IPAM plugin allocate; return its result. Raise `CniError`."""
     output = run("ADD", request, kind, environment)
     try:
         answer = json.loads(output)
     except (ValueError, RecursionError):
         raise spec.CniError(spec.DECODING, f"IPAM plugin {kind}: its result is not JSON: {output[:200]!r}") from None
-    return spec.parse_result(answer, request.version, f"result of {kind}")
+    return results.parse_result(answer, request.version, f"result of {kind}")
 
 
 def find(kind: str, path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
-from cni import spec
+from cni import results, spec
 from cni.netconf import NetConf
 from cni.wiring import IpInterface
 from pynet.kernel import rtnl
@@ -12,13 +12,13 @@ from pynet.kernel import rtnl
 DEFAULTS = {4: "0.0.0.0/0", 6: "::/0"}
 
 
-def plan(conf: NetConf, allotted: spec.Result) -> tuple[list[spec.Ip], list[spec.Route]]:
+def plan(conf: NetConf, allotted: results.Result) -> tuple[list[results.Ip], list[results.Route]]:
     """Return addresses with their gateways and the routes, default routes included, as the result shows them.
 
     As the reference bridge: without a gateway from IPAM the subnet's first address is one; a default route of IPAM's
     that names its gateway stands.
     """
-    ips: list[spec.Ip] = []
+    ips: list[results.Ip] = []
     routes = list(allotted.routes)
     defaulted: set[int] = set()
     for ip in allotted.ips:
@@ -33,17 +33,17 @@ def plan(conf: NetConf, allotted: spec.Result) -> tuple[list[spec.Ip], list[spec
             defaulted.add(address.version)
             default = DEFAULTS[address.version]
             if not any(route.dst == default and route.gw for route in routes):
-                routes.append(spec.Route(default, ip.gateway))
+                routes.append(results.Route(default, ip.gateway))
     return ips, routes
 
 
-def addresses(ips: list[spec.Ip]) -> list[IpInterface]:
+def addresses(ips: list[results.Ip]) -> list[IpInterface]:
     """Return the gateways' addresses with their networks' prefix lengths."""
     found = (f"{ip.gateway}/{ip.address.partition('/')[2]}" for ip in ips if ip.gateway)
     return [ipaddress.ip_interface(text) for text in dict.fromkeys(found)]
 
 
-def kernel_route(route: spec.Route, ips: list[spec.Ip]) -> rtnl.Route:
+def kernel_route(route: results.Route, ips: list[results.Ip]) -> rtnl.Route:
     """Return a result's route as the kernel takes it: without a gateway of its own, via its family's first one."""
     destination = ipaddress.ip_network(route.dst, strict=False)
     gateway = route.gw

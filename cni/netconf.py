@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cni import spec
+from cni import results, spec
 from cni.ipam import ranges
 from cni.spec import BAD_CONFIG, CniError
 
@@ -61,11 +61,11 @@ class NetConf(NamedTuple):
     port_isolation: bool = False
     mac: str = ""
     ipam_type: str = ""
-    dns: spec.Dns = spec.Dns()
+    dns: results.Dns = results.Dns()
     port_mappings: tuple[PortMapping, ...] = ()
     bandwidth: Bandwidth = Bandwidth()
     state_dir: str = STATE_DIR
-    previous: spec.Result | None = None
+    previous: results.Result | None = None
 
     @property
     def port_hairpin(self) -> bool:
@@ -106,7 +106,7 @@ def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str) -> N
         port_mappings=_port_mappings(runtime),
         bandwidth=_bandwidth(config, runtime),
         state_dir=state_dir(config),
-        previous=spec.parse_result(config["prevResult"], version) if config.get("prevResult") is not None else None,
+        previous=results.parse_result(config["prevResult"], version) if config.get("prevResult") is not None else None,
     )
     _refuse_contradictions(conf)
     return conf
@@ -195,13 +195,13 @@ def _ipam_type(config: Mapping[str, Any]) -> str:
     return kind
 
 
-def _dns(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> spec.Dns:
+def _dns(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> results.Dns:
     """Return the configuration's resolver settings; the dns capability's, with its other key names, come first."""
     capability = section(runtime, "dns", "runtimeConfig.dns")
     if capability:
         renamed = {"nameservers": "servers", "search": "searches", "options": "options"}
-        return spec.parse_dns({new: capability.get(old) for new, old in renamed.items()}, "runtimeConfig.dns")
-    return spec.parse_dns(config.get("dns"), "dns")
+        return results.parse_dns({new: capability.get(old) for new, old in renamed.items()}, "runtimeConfig.dns")
+    return results.parse_dns(config.get("dns"), "dns")
 
 
 def _port_mappings(runtime: Mapping[str, Any]) -> tuple[PortMapping, ...]:

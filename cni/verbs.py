@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from cni import adding, check, ctl, readiness, removal, spec
+from cni import adding, check, ctl, readiness, removal, results, spec
 from cni.context import Context
 from cni.database import Damaged
 from cni.ipam import verbs as ipam
@@ -64,7 +64,7 @@ def _version_for_errors(stdin: bytes) -> str:
 
 def _serve_ipam(request: Request, context: Context) -> str:
     if request.command == "ADD":
-        return spec.render(ipam.add(request, context), request.version)
+        return results.render(ipam.add(request, context), request.version)
     if request.command == "DEL":
         ipam.delete(request, context)
     elif request.command == "CHECK":

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from cni import spec
+from cni import results, spec
 
 TYPE = "pynet-ipam"
 
@@ -32,7 +32,7 @@ class IpamConf(NamedTuple):
 
     network: str
     sets: tuple[RangeSet, ...]
-    routes: tuple[spec.Route, ...] = ()
+    routes: tuple[results.Route, ...] = ()
     resolv_conf: str = ""
     data_dir: str = ""
     requested: tuple[str, ...] = ()
@@ -150,8 +150,8 @@ def _refuse_too_many(sets: list[RangeSet], version: str) -> None:
             )
 
 
-def _route(raw: Any) -> spec.Route:
-    route = spec.parse_route(raw, "ipam.routes")
+def _route(raw: Any) -> results.Route:
+    route = results.parse_route(raw, "ipam.routes")
     try:
         destination = ipaddress.ip_network(route.dst, strict=False)
     except ValueError as error:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from cni import naming, netconf, spec
+from cni import naming, netconf, results, spec
 from cni.context import Context
 from cni.database import Damaged
 from cni.ipam import allocator, ranges
@@ -25,7 +25,7 @@ _LINGER_SECONDS = 2.0
 """How long the kernel may take to remove the links of a namespace that is gone before its addresses stay taken."""
 
 
-def add(request: spec.Request, context: Context, pod_netns: int = -1) -> spec.Result:
+def add(request: spec.Request, context: Context, pod_netns: int = -1) -> results.Result:
     """Reserve one address of every range set; return the result without interfaces. Raise `CniError`."""
     conf = parse(request)
     dns = resolver(conf.resolv_conf)
@@ -42,10 +42,10 @@ def add(request: spec.Request, context: Context, pod_netns: int = -1) -> spec.Re
             raise
         allotments = reserve()
     ips = tuple(
-        spec.Ip(f"{one.address}/{one.range.prefix}", ranges.shown(one.range.gateway, one.range.family))
+        results.Ip(f"{one.address}/{one.range.prefix}", ranges.shown(one.range.gateway, one.range.family))
         for one in allotments
     )
-    return spec.Result(ips=ips, routes=conf.routes, dns=dns)
+    return results.Result(ips=ips, routes=conf.routes, dns=dns)
 
 
 def delete(request: spec.Request, context: Context) -> list[Held]:
@@ -78,7 +78,7 @@ def check(request: spec.Request, context: Context) -> None:
             spec.FAILED, f"IPAM: no address is reserved for {request.container}/{request.ifname} in {conf.network}"
         )
     if request.config.get("prevResult") is not None:
-        previous = spec.parse_result(request.config["prevResult"], request.version)
+        previous = results.parse_result(request.config["prevResult"], request.version)
         ours = {ip.address.partition("/")[0] for ip in previous.ips if _in_sets(ip.address, conf.sets)}
         for missing in sorted(ours - held):
             raise spec.CniError(
@@ -193,10 +193,10 @@ def _await_links(store: Store) -> bool:
     return bool(left)
 
 
-def resolver(path: str) -> spec.Dns:
+def resolver(path: str) -> results.Dns:
     """Return what a resolv.conf says. Raise `CniError`."""
     if not path:
-        return spec.Dns()
+        return results.Dns()
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             content = file.read(_RESOLVER_BYTES) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
@@ -212,7 +212,7 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for its writer
 
 
-def resolver_of(lines: Iterable[str]) -> spec.Dns:
+def resolver_of(lines: Iterable[str]) -> results.Dns:
     """Return what the lines of a resolv.conf say; of domain and search, the last line counts."""
     nameservers: list[str] = []
     options: list[str] = []
@@ -230,7 +230,7 @@ def resolver_of(lines: Iterable[str]) -> spec.Dns:
             search += words[1:]
         elif words[0] == "options":
             options += words[1:]
-    return spec.Dns(tuple(nameservers), domain, tuple(search), tuple(options))
+    return results.Dns(tuple(nameservers), domain, tuple(search), tuple(options))
 
 
 def _store(request: spec.Request, context: Context) -> Store:

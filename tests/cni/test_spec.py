@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cni import spec
-from cni.spec import CniError, Dns, Interface, Ip, Result, Route
+from cni import results, spec
+from cni.results import Dns, Interface, Ip, Result, Route
+from cni.spec import CniError
 
 WHOLE = {
     "CNI_COMMAND": "ADD", "CNI_CONTAINERID": "c1", "CNI_NETNS": "/n", "CNI_IFNAME": "eth0", "CNI_PATH": "/p",
@@ -90,7 +91,7 @@ DNS = {"nameservers": ["9.9.9.9"], "search": ["a.example"]}
 
 
 def shape(version: str, result: Result = FULL) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(spec.render(result, version))
+    answer: dict[str, Any] = json.loads(results.render(result, version))
     return answer
 
 
@@ -123,14 +124,14 @@ def test_the_newer_shapes(version: str) -> None:
 
 @pytest.mark.parametrize("version", spec.VERSIONS)
 def test_a_result_reads_back(version: str) -> None:
-    back = spec.parse_result(shape(version), version)
+    back = results.parse_result(shape(version), version)
     assert shape(version, back) == shape(version)
 
 
 @pytest.mark.parametrize("raw", [[], {"ips": [1]}, {"ips": [{}]}, {"interfaces": "x"}, {"ip4": {}, "ip6": 3}])
 def test_a_broken_result_is_named(raw: Any) -> None:
     with pytest.raises(CniError) as refused:
-        spec.parse_result(raw, "1.0.0")
+        results.parse_result(raw, "1.0.0")
     assert refused.value.code == 6
     assert "prevResult" in refused.value.message
 
