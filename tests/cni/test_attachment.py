@@ -19,16 +19,6 @@ FOUR = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
 DUAL = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]]}
 
 
-@pytest.fixture
-def runtime(netns: Names, tmp_path: Path) -> Runtime:
-    return Runtime(netns("host"), tmp_path / "state")
-
-
-@pytest.fixture
-def pod(runtime: Runtime, netns: Names) -> Pod:
-    return Pod(runtime, netns("pod"))
-
-
 @pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
 def test_a_life_in_every_version(runtime: Runtime, pod: Pod, version: str) -> None:
     conf = runtime.conf(version, isDefaultGateway=True, ipam=DUAL, mtu=1400)

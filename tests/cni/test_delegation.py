@@ -8,21 +8,10 @@ from pathlib import Path
 import pytest
 
 from support.cni import REFERENCE, CniFailure, Pod, Runtime, residue
-from support.netns import Names
 
 pytestmark = pytest.mark.root
 
 FOUR = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
-
-
-@pytest.fixture
-def runtime(netns: Names, tmp_path: Path) -> Runtime:
-    return Runtime(netns("host"), tmp_path / "state")
-
-
-@pytest.fixture
-def pod(runtime: Runtime, netns: Names) -> Pod:
-    return Pod(runtime, netns("pod"))
 
 
 DELEGATE = """#!/bin/sh

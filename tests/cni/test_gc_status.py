@@ -28,11 +28,6 @@ server.start(); print("ready", flush=True); sys.stdin.read(); server.close(); pr
 """
 
 
-@pytest.fixture
-def runtime(netns: Names, tmp_path: Path) -> Runtime:
-    return Runtime(netns("host"), tmp_path / "state")
-
-
 def start_agent(host: Namespace, state: Path, **env: str) -> subprocess.Popen[str]:
     child = host.start(
         sys.executable, "-c", AGENT, str(state), stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -27,16 +27,6 @@ pytestmark = pytest.mark.root
 SMALL = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/28"}]]}
 
 
-@pytest.fixture
-def runtime(netns: Names, tmp_path: Path) -> Runtime:
-    return Runtime(netns("host"), tmp_path / "state")
-
-
-@pytest.fixture
-def pod(runtime: Runtime, netns: Names) -> Pod:
-    return Pod(runtime, netns("pod"))
-
-
 # --- the store
 
 

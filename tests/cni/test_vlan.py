@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,11 +39,6 @@ def shown(runtime: Runtime, port: str) -> dict[int, list[str]]:
 
 NATIVE = ["PVID", "Egress Untagged"]
 V4 = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
-
-
-@pytest.fixture
-def runtime(netns: Names, tmp_path: Path) -> Runtime:
-    return Runtime(netns("host"), tmp_path / "state")
 
 
 @pytest.mark.vm
