@@ -24,6 +24,7 @@ _SERVICE, _DEST, _TIMEOUT_TCP, _TIMEOUT_TCP_FIN, _TIMEOUT_UDP = 1, 2, 4, 5, 6
 _MASQUERADE = 0
 _PROTOCOLS = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP, "SCTP": socket.IPPROTO_SCTP}
 _PROTOCOL_NAMES = {number: name for name, number in _PROTOCOLS.items()}
+_GLANCES = 20
 _CHUNK = 64  # acknowledgements of one datagram must fit the socket's receive buffer
 
 
@@ -49,7 +50,19 @@ class Ipvs:
         self._socket.close()
 
     def services(self) -> dict[ServiceId, Service]:
-        """Return all virtual servers of the namespace, foreign ones too."""
+        """Return all virtual servers of the namespace, foreign ones too: glances, until two agree."""
+        found = self.glance()
+        for _ in range(_GLANCES):
+            before, found = found, self.glance()
+            if before.keys() == found.keys():
+                break
+        return found
+
+    def glance(self) -> dict[ServiceId, Service]:
+        """Return the virtual servers of one reading: some are missed while other namespaces' go.
+
+        The kernel has one table for all namespaces, and goes on with a list by the number of entries already passed.
+        """
         found = {}
         for body in self._socket.dump(self._family, _command(_GET_SERVICE), "list of IPVS services"):
             entry = netlink.attributes(netlink.attributes(body[4:]).get(_SERVICE, b""))

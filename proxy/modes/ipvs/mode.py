@@ -7,7 +7,6 @@ server is touched. Additions go sets, rules, addresses, servers, and removals th
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,18 +16,18 @@ import msgspec
 
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.ipvs import layout, sets, tables
-from proxy.modes.ipvs.drains import Drains
 from proxy.modes.ipvs.layout import Ground, Piece, Wanted
 from proxy.modes.ipvs.node import Node
-from proxy.modes.ipvs.steps import Do, Live, Step, draining, steps
+from proxy.modes.ipvs.servers import Servers
+from proxy.modes.ipvs.steps import Step, steps
 from proxy.plan import Family, Plan, PlanChange, ServerKey, VirtualServer, inside
 from pynet.daemon import logs
-from pynet.ipvs import Service, ServiceId, Timeouts
+from pynet.ipvs import ServiceId, Timeouts
 from pynet.kernel import ipset
 from pynet.kernel.ipset import IpsetError
 from pynet.kernel.iptables import Backend, IptablesError, Tool, backend_of_host
-from pynet.kernel.ipvs import Ipvs, IpvsMissing
-from pynet.kernel.netlink import Message, NetlinkError
+from pynet.kernel.ipvs import IpvsMissing
+from pynet.kernel.netlink import NetlinkError
 from pynet.kernel.nfnetlink import NfnetlinkError
 from pynet.kernel.sysctl import SysctlError
 
@@ -36,12 +35,6 @@ log = logs.get(__name__)
 A = TypeVar("A")
 R = TypeVar("R")
 Found = list[tuple[ServerKey | None, str]]
-# errors that mean: it is so already
-_SETTLED = {
-    Do.ADD: (errno.EEXIST,),
-    Do.DELETE_SERVICE: (errno.ESRCH, errno.ENOENT),
-    Do.DELETE: (errno.ESRCH, errno.ENOENT),
-}
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -78,14 +71,11 @@ class IpvsMode:
     ) -> None:
         self._options = options or Options()
         self._backend = backend
-        self._clock = clock
         self._node = Node()
-        self._kernel: Ipvs | None = None
+        self._servers = Servers(clock)
         self._standing: dict[Family, Standing] = {}
-        self._lacking: dict[str, bool] = {}
         self._foreign: set[ServiceId] = set()  # found to be so by an addition that failed
         self._told: set[ServiceId] = set()
-        self._drains = Drains()
         self._canaries: dict[Family, tables.Canary] = {}
 
     def sync(self, plans: Sequence[Plan]) -> Written:
@@ -107,7 +97,7 @@ class IpvsMode:
         """Whether rules, link or servers of ours are gone or the node's addresses are others; ends drains besides."""
         if not self._standing:
             return False
-        is_wrong = _guarded(self._end_drains, self._clock())
+        is_wrong = _guarded(self._servers.end_drains, self._has_endpoints)
         return is_wrong or any(_guarded(self._looks_wrong, standing) for standing in self._standing.values())
 
     def cleanup(self) -> None:
@@ -115,39 +105,22 @@ class IpvsMode:
         tables.remove()
         try:
             held = ipset.saved("PYNET-")
-            if self._has_kernel():
-                for family in Family:
-                    ours = self._ours(family, _held(family, held), self._ipvs().services())
-                    self._ipvs().send([self._ipvs().delete_service(name) for name in ours])
+            if self._servers.is_possible():
+                present = self._servers.present()
+                ours = [name for family in Family for name in self._ours(family, _held(family, held), present)]
+                self._servers.remove(ours)
             self._node.remove_link()
             ipset.destroy(sorted(layout.all_set_names() & held.keys()))
         except (IpsetError, NetlinkError) as error:
             log.warning("clean-up failed", extra=logs.fields(mode=self.name, error=error))
         self._standing.clear()
-        self._drains = Drains()
         for canary in self._canaries.values():
             canary.close()
         self._canaries.clear()
 
     def lacking(self, names: Iterable[str]) -> frozenset[str]:
         """Return which of these schedulers the kernel has not; it is asked once for each. Raise `NetlinkError`."""
-        names = set(names)
-        new = sorted(names - self._lacking.keys())
-        missing = self._ipvs().lacking(new)
-        self._lacking.update((name, name in missing) for name in new)
-        return frozenset(name for name in names if self._lacking[name])
-
-    def _ipvs(self) -> Ipvs:
-        if self._kernel is None:
-            self._kernel = Ipvs()
-        return self._kernel
-
-    def _has_kernel(self) -> bool:
-        try:
-            self._ipvs()
-        except IpvsMissing:
-            return False
-        return True
+        return self._servers.lacking(names)
 
     def _tool(self, family: Family) -> Tool:
         if self._backend is None:
@@ -167,7 +140,7 @@ class IpvsMode:
         if not saved.keys() >= {layout.set_name(family, suffix) for suffix in layout.SETS}:
             ipset.restore(sets.declarations(family))
         held = _held(family, saved)
-        present = self._ipvs().services()
+        present = self._servers.present()
         ours = self._ours(family, held, present)
         self._foreign &= present.keys()
         foreign = {name for name in present if name not in ours or name in self._foreign}
@@ -180,14 +153,15 @@ class IpvsMode:
 
         additions, removals = sets.differences(family, held, sets.entries_of(pieces.values(), users.keys()))
         self._node.prepare([family], strict_arp=self._options.strict_arp)
-        self._ipvs().set_timeouts(self._options.timeouts)
+        self._servers.set_timeouts(self._options.timeouts)
         ipset.restore(additions)
         wrong = tables.converge(self._tool(family), family, plan.settings)
         on_link = self._node.link_addresses(family)
         self._node.add(users.keys() - on_link)
-        todo = self._steps_from_kernel(pieces, {name: present[name] for name in ours if name not in foreign})
+        want = _wanted(pieces)
+        todo = steps(self._servers.live({name: present[name] for name in ours if name not in foreign}, want), want)
         self._standing[family] = Standing(plan, ground, pieces, marks, users)
-        if self._run(family, todo):
+        if self._write(family, todo):
             return self._converge(plan)
         self._node.remove(on_link - users.keys())
         ipset.restore(removals)
@@ -224,7 +198,7 @@ class IpvsMode:
         additions, removals = sets.differences(
             family, sets.entries_of(before.values(), old_addresses), sets.entries_of(after.values(), new_addresses)
         )
-        todo = steps(self._live(before), _wanted(after))
+        todo = steps(self._servers.written(_wanted(before)), _wanted(after))
         rendering = time.monotonic() - began
 
         ipset.restore(additions)
@@ -232,7 +206,7 @@ class IpvsMode:
             self._node.add(new_addresses)
         pieces = {key: piece for key, piece in standing.pieces.items() if key not in before} | after
         self._standing[family] = Standing(change.new, ground, pieces, marks, users)
-        if self._run(family, todo):
+        if self._write(family, todo):
             return self._converge(change.new)[0]
         self._node.remove(old_addresses)
         ipset.restore(removals)
@@ -255,7 +229,7 @@ class IpvsMode:
         )
 
     def _told_lacking(self, names: Collection[str]) -> frozenset[str]:
-        new = set(names) - self._lacking.keys()
+        new = self._servers.unknown(names)
         missing = self.lacking(names)
         for name in sorted(missing & new):
             log.warning(
@@ -305,113 +279,33 @@ class IpvsMode:
             )
         self._told = set(names)
 
-    def _steps_from_kernel(self, pieces: Mapping[ServerKey, Piece], ours: Mapping[ServiceId, Service]) -> list[Step]:
-        """Return what differs between our virtual servers and the pieces'; adopts what drains."""
-        want = _wanted(pieces)
-        live = {}
-        for name, service in ours.items():
-            destinations = self._ipvs().destinations(name) if name in want else {}
-            live[name] = Live(service, {one: state.weight for one, state in destinations.items()})
-        for name, gone in draining(live, want).items():
-            for one in gone:
-                seconds = want[name].seconds_of(one) if name in want else 0.0
-                if seconds and not live[name].destinations[one]:
-                    self._drains.begin(name, one, self._clock() + seconds)
-        return steps(live, want)
-
-    def _live(self, pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Live]:
-        """Return the virtual servers as written last."""
-        found = {}
-        for name, wanted in _wanted(pieces).items():
-            destinations = wanted.destinations | dict.fromkeys(self._drains.of(name), 0)
-            if destinations:
-                found[name] = Live(wanted.service, destinations)
-        return found
-
-    def _run(self, family: Family, todo: Sequence[Step]) -> bool:
-        """Take the steps, new virtual servers first. True: some of them are somebody else's, and nothing is settled."""
-        new = [step for step in todo if step.do is Do.ADD_SERVICE]
-        foreign = set()
-        failed: list[tuple[Step, NetlinkError]] = []
-        for step, error in zip(new, self._send(new), strict=True):
-            if error is not None and error.errno == errno.EEXIST:
-                foreign.add(step.service)
-            elif error is not None:
-                failed.append((step, error))
-        if foreign:
-            self._foreign |= foreign
-            return True
-        rest = [step for step in todo if step.do is not Do.ADD_SERVICE]
-        for step, error in zip(rest, self._send(rest), strict=True):
-            if error is not None and error.errno not in _SETTLED.get(step.do, ()):
-                failed.append((step, error))
-            else:
-                self._note_drain(step)
-        if failed:
-            owners = {self._owner(family, step.service) for step, _ in failed}
-            message = "; ".join(f"{step}: {error}" for step, error in failed[:5])
-            raise ApplyError(f"IPVS: {message}", [] if None in owners else [key for key in owners if key])
-        return False
-
-    def _note_drain(self, step: Step) -> None:
-        if step.do is Do.DELETE_SERVICE:
-            self._drains.end(step.service)
-        elif step.drain_seconds and step.destination:
-            self._drains.begin(step.service, step.destination, self._clock() + step.drain_seconds)
-        elif step.destination:
-            self._drains.end(step.service, step.destination)
-
-    def _send(self, todo: Sequence[Step]) -> list[NetlinkError | None]:
-        return self._ipvs().send([_message(self._ipvs(), step) for step in todo])
-
-    def _end_drains(self, now: float) -> bool:
-        """Remove the destinations that have drained, and virtual servers that were there only for them."""
-        kernel = self._ipvs()
-        due = self._drains.due(kernel.destinations, now)
-        todo = [Step(Do.DELETE, service, None, destination) for service, destination in due]
-        for step in todo:
-            self._note_drain(step)
-        wanted = {
-            name: one
-            for standing in self._standing.values()
-            for piece in standing.pieces.values()
-            for name, one in piece.services.items()
-        } if todo else {}  # fmt: skip
-        for service in sorted({step.service for step in todo}):
-            is_needed = service in wanted and wanted[service].destinations
-            if not is_needed and not self._drains.of(service):
-                todo.append(Step(Do.DELETE_SERVICE, service))
-        if todo:
-            log.info("endpoints have drained", extra=logs.fields(count=len(due), servers=len({s for s, _ in due})))
-        errors = [e for e in self._send(todo) if e is not None and e.errno not in (errno.ESRCH, errno.ENOENT)]
-        return bool(errors)
-
     def _looks_wrong(self, standing: Standing) -> bool:
         family = standing.plan.family
-        version = tables.VERSIONS[family]
         wanted = sum(bool(one.destinations) for piece in standing.pieces.values() for one in piece.services.values())
         return (
             self._node.own_addresses(family) != standing.ground.node_addresses
             or not (self._node.has_link() or not standing.users)
-            or sum(name.version == version for name in self._ipvs().services()) < wanted
+            or self._servers.are_fewer(tables.VERSIONS[family], wanted)
             or not self._canary(family).is_alive()
         )
+
+    def _write(self, family: Family, todo: Sequence[Step]) -> bool:
+        """Take the steps. True: some servers are somebody else's, and nothing is settled. Raise `ApplyError`."""
+        foreign, failed = self._servers.take(todo)
+        self._foreign |= foreign
+        if failed and not foreign:
+            owners = {self._owner(family, step.service) for step, _ in failed}
+            message = "; ".join(f"{step}: {error}" for step, error in failed[:5])
+            raise ApplyError(f"IPVS: {message}", [] if None in owners else [key for key in owners if key])
+        return bool(foreign)
+
+    def _has_endpoints(self, name: ServiceId) -> bool:
+        pieces = (piece for standing in self._standing.values() for piece in standing.pieces.values())
+        return any(piece.services[name].destinations for piece in pieces if name in piece.services)
 
     def _owner(self, family: Family, name: ServiceId) -> ServerKey | None:
         pieces = self._standing[family].pieces if family in self._standing else {}
         return next((key for key, piece in pieces.items() if name in piece.services), None)
-
-
-def _message(kernel: Ipvs, step: Step) -> Message:
-    if step.destination is None:
-        if step.settings is None:
-            return kernel.delete_service(step.service)
-        make = kernel.add_service if step.do is Do.ADD_SERVICE else kernel.set_service
-        return make(step.service, step.settings)
-    if step.do is Do.DELETE:
-        return kernel.delete_destination(step.service, step.destination)
-    put = kernel.add_destination if step.do is Do.ADD else kernel.set_destination
-    return put(step.service, step.destination, step.weight)
 
 
 def _wanted(pieces: Mapping[ServerKey, Piece]) -> dict[ServiceId, Wanted]:

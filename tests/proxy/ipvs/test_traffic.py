@@ -25,6 +25,7 @@ from proxy.plan import (
     Verdict,
     VirtualServer,
 )
+from pynet.kernel.ipvs import Ipvs
 from support.netns import Names
 from support.servicenet import REFUSED, SILENCE, ServiceNet, inside
 
@@ -389,5 +390,5 @@ def test_a_thousand_services_in_one_pass(netns: Names) -> None:
         mode = IpvsMode(Options(), backend="nft")
         written = mode.sync([plan_of(*many)])
         print(f"render {written.render_seconds:.2f} s, apply {written.apply_seconds:.2f} s")
-        assert node.run("ipvsadm", "-Ln").count("10.97.") == 1000
+        assert len(Ipvs().services()) == 1000  # ipvsadm lists once, and may miss some (Ipvs.glance)
         assert len(node.run("ip", "-o", "addr", "show", "dev", "pynet-ipvs").splitlines()) >= 1000
