@@ -80,7 +80,7 @@ class _Adding:
         ips, routes = gateways.plan(conf, allotted)
         addresses = [ipaddress.ip_interface(ip.address) for ip in ips]
         networks = [(str(address.ip), str(address.network)) for address in addresses]
-        forwards = hostport.forwards(conf.port_mappings, networks)
+        forwards = hostport.forwards(conf.port_mappings, networks, conf.port_masquerade)
         first = self.write_down(networks, forwards)
         bridge = self.bridge()
         host_link = self.veth(bridge, networks)
@@ -230,7 +230,7 @@ class _Adding:
             base += "".join(masquerade.chain(subnet, exceptions) for subnet in subnets)
             elements += [masquerade.element(*network, exceptions, self.tag) for network in networks]
         if forwards:
-            base += "".join(hostport.chain(subnet) for subnet in dict.fromkeys(f.subnet for f in forwards))
+            base += hostport.chains(forwards)
             elements += [element for forward in forwards for element in hostport.elements(forward, self.tag)]
         if conf.mac_spoof_check:
             mac = rtnl.link_named(self.pod, self.request.ifname)

@@ -44,8 +44,8 @@ def check(request: Request, environment: Mapping[str, str], context: Context, gi
         _refuse(shaping.difference(host, veth, naming.ifb_link(request.container, request.ifname), conf.bandwidth))
         interfaces(request, before, end, host)
         found = addresses(before, end, pod)
-        routes(before, end, pod)
-        _gateways(conf, host, gateways.addresses(list(before.ips)))
+        routes(request, before, end, pod)
+        _gateways(conf, host, gateways.addresses(_of(before, end.name)))
         if vlan.wanted(conf):
             _refuse(vlan.difference(host, veth, conf))
     _rules(request, conf, [(str(address.ip), str(address.network)) for address in found], veth, end)
@@ -128,11 +128,7 @@ def addresses(before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> li
     """Check the pod's addresses against prevResult; return them. Raise `CniError`."""
     wanted = []
     present = {ipaddress.ip_interface((a.packed, a.prefix)) for a in rtnl.addresses(pod, end.ifindex)}
-    count = len(before.interfaces)
-    for ip in before.ips:
-        inside = ip.interface is not None and 0 <= ip.interface < count
-        if inside and before.interfaces[ip.interface or 0].name != end.name:
-            continue
+    for ip in _of(before, end.name):
         address = ipaddress.ip_interface(ip.address)
         if address not in present:
             raise fail(f"address {address} is missing on {end.name}")
@@ -140,23 +136,59 @@ def addresses(before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> li
     return wanted
 
 
-def routes(before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> None:
-    """Check the pod's routes against prevResult. Raise `CniError`."""
+def _of(before: results.Result, name: str) -> list[results.Ip]:
+    """Return the addresses that a result gives one interface; those without an interface are everybody's."""
+    names = dict(enumerate(interface.name for interface in before.interfaces))
+    return [ip for ip in before.ips if ip.interface is None or names.get(ip.interface, name) == name]
+
+
+def routes(request: Request, before: results.Result, end: rtnl.Link, pod: netlink.Socket) -> None:
+    """Check the pod's routes against prevResult. Raise `CniError`.
+
+    Which interface a route is on, a result does not say: another plugin of the chain may have made it for its own.
+    """
+    others = any(interface.sandbox and interface.name != end.name for interface in before.interfaces)
+    tells_all = spec.at_least(request.version, "1.1.0")
     present: dict[int, list[rtnl.Route]] = {}
     for route in before.routes:
         want = gateways.kernel_route(route, list(before.ips))
         family = _socket.AF_INET if len(want.dst) == 4 else _socket.AF_INET6
         if family not in present:
-            present[family] = rtnl.routes(pod, family)
-        if not any(_serves(found, want) for found in present[family] if found.oif == end.ifindex):
-            raise fail(f"route {route.dst} via {route.gw or 'link'} is missing in the pod")
+            present[family] = [found for found in rtnl.routes(pod, family) if others or found.oif == end.ifindex]
+        there = [found for found in present[family] if (found.dst, found.prefix) == (want.dst, want.prefix)]
+        _refuse(_difference(route, want, there, tells_all=tells_all))
 
 
-def _serves(found: rtnl.Route, want: rtnl.Route) -> bool:
-    """Say whether the kernel's route is the wanted one; what is not asked for may be as the kernel chose."""
-    same = found.dst == want.dst and found.prefix == want.prefix and found.table == want.table
-    asked = ("gateway", "priority", "mtu", "advmss")
-    return same and all(not getattr(want, key) or getattr(found, key) == getattr(want, key) for key in asked)
+def _difference(route: results.Route, want: rtnl.Route, there: list[rtnl.Route], *, tells_all: bool) -> str:
+    """Return what is missing or changed of a route, by the kernel's nearest one of its destination. Pure.
+
+    What prevResult does not say may be as the kernel chose; before 1.1 it says neither table nor scope.
+    """
+    said = f"route {route.dst} via {route.gw or 'link'}"
+    asked = [key for key in ("gateway", "priority", "mtu", "advmss") if getattr(want, key)]
+    if tells_all:
+        asked.append("table")
+        if route.scope is not None and len(want.dst) == 4:  # IPv6 knows no scope of routes
+            asked.append("scope")
+    elif not route.gw:
+        asked = [key for key in asked if key != "gateway"]
+    changed = [[key for key in asked if getattr(found, key) != getattr(want, key)] for found in there]
+    if not changed:
+        return f"{said} is missing in the pod"
+    nearest = min(range(len(there)), key=lambda at: len(changed[at]))
+    if not changed[nearest]:
+        return ""
+    shown = [
+        f"{key} is {_shown(getattr(there[nearest], key))}, expected {_shown(getattr(want, key))}"
+        for key in changed[nearest]
+    ]
+    return f"{said} is missing or changed in the pod: {', '.join(shown)}"
+
+
+def _shown(value: int | bytes) -> str:
+    if isinstance(value, bytes):
+        return str(ipaddress.ip_address(value)) if value else "none"
+    return str(value)
 
 
 def _gateways(conf: NetConf, host: netlink.Socket, wanted: list[wiring.IpInterface]) -> None:
@@ -185,31 +217,43 @@ def _rules(request: Request, conf: NetConf, networks: list[tuple[str, str]], vet
         missing = iptmasq.missing(networks, conf.non_masquerade, tag)
         _refuse(f"masquerade of {missing} is missing" if missing else "")
     wanted: list[tuple[str, str]] = []
-    chains: list[tuple[str, str, str]] = []
+    scripts: list[tuple[str, str]] = []
     if conf.ip_masq and conf.ip_masq_backend == "nftables":
-        wanted += [(f"masquerade of {address}", masquerade.key(address)) for address, _ in networks]
-        names = [masquerade.chain_name(subnet, conf.non_masquerade) for _, subnet in networks]
-        chains += [("masquerade", ruleset.HERE, name) for name in (*names, "postrouting") if networks]
-    for forward in hostport.forwards(conf.port_mappings, networks):
+        for address, subnet in networks:
+            element = masquerade.element(address, subnet, conf.non_masquerade, tag)
+            wanted.append((f"masquerade of {address}", element))
+            scripts.append((f"masquerade of {address}", masquerade.chain(subnet, conf.non_masquerade)))
+    for forward in hostport.forwards(conf.port_mappings, networks, conf.port_masquerade):
         what = f"host port {forward.protocol} {forward.host}:{forward.host_port}"
-        wanted += [(what, key) for key in hostport.keys(forward)]
-        names = ["hostports", "prerouting", "output", "postrouting", hostport.chain_name(forward.subnet)]
-        chains += [(what, ruleset.HERE, name) for name in names]
+        wanted += [(what, element) for element in hostport.elements(forward, tag)]
+        scripts.append((what, hostport.chains([forward])))
+    if wanted:
+        scripts.append((wanted[0][0], ruleset.BASE))
     if conf.mac_spoof_check:
-        wanted += [("spoof check", key) for key in spoofcheck.keys(veth.name, end.mac)]
-        chains.append(("spoof check", ruleset.SPOOF, "prerouting"))
+        wanted += [("spoof check", element) for element in spoofcheck.elements(veth.name, end.mac, tag)]
+        scripts.append(("spoof check", spoofcheck.BASE))
     if not wanted:
         return
-    elements, ruled = ruleset.snapshot()
-    present = {ruleset.plain(element.text): element.owner for element in elements}
-    for what, key in wanted:
-        if ruleset.plain(key) not in present:
-            raise fail(f"{what} is missing: no nftables element {key}")
-        if present[ruleset.plain(key)] != tag and not key.split()[2].startswith("hairpin"):
-            raise fail(f"{what} belongs to {present[ruleset.plain(key)]}: nftables element {key}")
-    for what, table, name in chains:
-        if (table, name) not in ruled:
-            raise fail(f"{what} is missing: nftables chain {table} {name} has no rules")
+    elements, rules = ruleset.snapshot()
+    present = {(element.table, element.name, element.key): element for element in elements}
+    for what, text in wanted:
+        want = ruleset.wanted(text)
+        found = present.get((want.table, want.name, want.key))
+        shown = f"nftables element {want.table} {want.name} {{ {want.key} }}"
+        if found is None:
+            raise fail(f"{what} is missing: no {shown}")
+        if found.owner != tag and not want.name.startswith("hairpin"):
+            raise fail(f"{what} belongs to {found.owner}: {shown}")
+        if found.value != want.value:
+            raise fail(f"{what} is changed: {shown} is {found.value}, expected {want.value}")
+    for what, script in dict.fromkeys(scripts):
+        for (table, name), count in ruleset.rules(script).items():
+            if not rules[table, name]:
+                raise fail(f"{what} is missing: nftables chain {table} {name} has no rules")
+            if rules[table, name] < count:
+                raise fail(
+                    f"{what} is changed: nftables chain {table} {name} has {rules[table, name]} of {count} rules"
+                )
 
 
 def _onoff(value: bool) -> str:

@@ -13,6 +13,8 @@ from cni.netconf import PROTOCOLS, PortMapping
 from cni.ruleset import HERE
 
 ANY = {4: "0.0.0.0", 6: "::"}
+OWN, ALL = "own", "all"
+"""Whose connections through a host port are masqueraded: those of the pod's network and loopback, or all (masqAll)."""
 LOOPBACK = {4: ("127.0.0.0/8",), 6: ()}
 """Where the host's own loopback reaches host ports from; the kernel takes no answer to ::1 that comes from a link."""
 
@@ -27,9 +29,12 @@ class Forward(NamedTuple):
     pod: str
     subnet: str
     pod_port: int
+    masquerade: str = OWN
 
 
-def forwards(mappings: tuple[PortMapping, ...], addresses: list[tuple[str, str]]) -> list[Forward]:
+def forwards(
+    mappings: tuple[PortMapping, ...], addresses: list[tuple[str, str]], masquerade: str = OWN
+) -> list[Forward]:
     """Return what to forward to the pod's first address of each family, given as (address, subnet)."""
     firsts: dict[int, tuple[str, str]] = {}
     for address, subnet in addresses:
@@ -40,54 +45,60 @@ def forwards(mappings: tuple[PortMapping, ...], addresses: list[tuple[str, str]]
         for family, (address, subnet) in firsts.items():
             if wanted in (0, family):
                 host = mapping.host_ip or ANY[family]
-                found.append(
-                    Forward(family, mapping.protocol, host, mapping.host_port, address, subnet, mapping.container_port)
-                )
+                to = (address, subnet, mapping.container_port)
+                found.append(Forward(family, mapping.protocol, host, mapping.host_port, *to, masquerade))
     return list(dict.fromkeys(found))
 
 
 def elements(forward: Forward, tag: str) -> list[str]:
     """Return the map elements of one host port, its owner's tag as comment."""
-    family, protocol = forward.family, forward.protocol
-    backward = f"{forward.pod} . {protocol} . {forward.pod_port}"
     port = f'{_port_key(forward)} comment "{tag}" : {forward.pod} . {forward.pod_port}'
-    return [
-        f"{HERE} {_port_map(forward)} {{ {port} }}",
-        f'{HERE} hairpin{family} {{ {backward} comment "{tag}" : goto {chain_name(forward.subnet)} }}',
-    ]
+    found = [f"{HERE} {_port_map(forward)} {{ {port} }}"]
+    if forward.masquerade:
+        found.append(f'{_backward(forward)} comment "{tag}" : goto {chain_name(forward)} }}')
+    return found
 
 
 def keys(forward: Forward) -> list[str]:
     """Return the elements' maps and keys, as removal names them."""
-    backward = f"{forward.pod} . {forward.protocol} . {forward.pod_port}"
-    return [
-        f"{HERE} {_port_map(forward)} {{ {_port_key(forward)} }}",
-        f"{HERE} hairpin{forward.family} {{ {backward} }}",
-    ]
+    found = [f"{HERE} {_port_map(forward)} {{ {_port_key(forward)} }}"]
+    return [*found, f"{_backward(forward)} }}"] if forward.masquerade else found
 
 
-def chain_name(subnet: str) -> str:
-    """Return the name of the chain for pods of one subnet that are reached through a host port."""
-    return "hairpin-" + blake2b(subnet.encode(), digest_size=6).hexdigest()
+def _backward(forward: Forward) -> str:
+    return f"{HERE} hairpin{forward.family} {{ {forward.pod} . {forward.protocol} . {forward.pod_port}"
 
 
-def chain(subnet: str) -> str:
-    """Return the chain: who is in the pod's own network, or on the host's loopback, comes under the host's address.
+def chain_name(forward: Forward) -> str:
+    """Return the name of the chain for connections to pods of one subnet that came through a host port."""
+    if forward.masquerade == ALL:
+        return "hairpin-all"
+    return "hairpin-" + blake2b(forward.subnet.encode(), digest_size=6).hexdigest()
 
-    Its answers would otherwise not come back through the host, which has to translate them.
+
+def chains(forwards: list[Forward]) -> str:
+    """Return the chains: who is in the pod's own network, or on the host's loopback, comes under the host's address.
+
+    Its answers would otherwise not come back through the host, which has to translate them. With masqAll, everybody.
     """
-    family = ipaddress.ip_network(subnet).version
-    ip = "ip" if family == 4 else "ip6"
-    name = chain_name(subnet)
-    sources = (subnet, *LOOPBACK[family])
-    lines = [f"add chain {HERE} {name}", f"flush chain {HERE} {name}"]
-    lines += [f"add rule {HERE} {name} {ip} saddr {source} masquerade" for source in sources]
-    return "\n".join(lines) + "\n"
+    lines: dict[str, None] = {}
+    for forward in forwards:
+        if not forward.masquerade:
+            continue
+        name = chain_name(forward)
+        ip = "ip" if forward.family == 4 else "ip6"
+        sources = [f"{ip} saddr {source} " for source in (forward.subnet, *LOOPBACK[forward.family])]
+        rules = sources if forward.masquerade == OWN else [""]
+        lines |= dict.fromkeys((f"add chain {HERE} {name}", f"flush chain {HERE} {name}"))
+        lines |= dict.fromkeys(f"add rule {HERE} {name} {source}masquerade" for source in rules)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def needs_localhost(forward: Forward) -> bool:
     """Say whether the port is to be reached under 127.0.0.1, for which the kernel must route loopback addresses."""
-    return forward.family == 4 and (forward.host == ANY[4] or ipaddress.ip_address(forward.host).is_loopback)
+    if forward.family != 4 or not forward.masquerade:
+        return False
+    return forward.host == ANY[4] or ipaddress.ip_address(forward.host).is_loopback
 
 
 def overlap(one: str, other: str) -> bool:

@@ -13,6 +13,16 @@ from cni.spec import BAD_CONFIG, CniError
 STATE_DIR = "/run/pynet"
 KNOWN_ARGS = ("IP", "MAC", "GATEWAY")
 PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+SUBNETS = ("shapedSubnets", "unshapedSubnets")
+UNSUPPORTED = {
+    "conditionsV4": "the plugin forwards a host port whatever the packet is",
+    "conditionsV6": "the plugin forwards a host port whatever the packet is",
+    "externalSetMarkChain": "the plugin marks and masquerades by itself",
+} | dict.fromkeys(SUBNETS, "the plugin shapes all traffic of a pod")
+"""Keys of the reference portmap and bandwidth plugins that must not be passed over in silence, and why they are not
+served."""
+MARK_BIT = 13
+"""Of `ruleset.HAIRPIN_MARK`, and portmap's default."""
 NO_LIMIT = (1 << 32) - 1
 """The burst, in bytes, from which the reference refuses."""
 
@@ -63,6 +73,8 @@ class NetConf(NamedTuple):
     ipam_type: str = ""
     dns: results.Dns = results.Dns()
     port_mappings: tuple[PortMapping, ...] = ()
+    port_masquerade: str = "own"
+    """Whose connections through a host port are masqueraded: hostport's OWN or ALL, empty for nobody's."""
     bandwidth: Bandwidth = Bandwidth()
     state_dir: str = STATE_DIR
     previous: results.Result | None = None
@@ -80,6 +92,7 @@ def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str) -> N
     """Return the configuration, all of it checked. Raise `CniError` naming the field."""
     spec.known_arguments(args, KNOWN_ARGS)
     runtime = section(config, "runtimeConfig")
+    _refuse_unsupported(config, runtime)
     is_default_gateway = flag(config, "isDefaultGateway")
     conf = NetConf(
         name=str(config.get("name", "")),
@@ -104,6 +117,7 @@ def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str) -> N
         ipam_type=_ipam_type(config),
         dns=_dns(config, runtime),
         port_mappings=_port_mappings(runtime),
+        port_masquerade=_port_masquerade(config),
         bandwidth=_bandwidth(config, runtime),
         state_dir=state_dir(config),
         previous=results.parse_result(config["prevResult"], version) if config.get("prevResult") is not None else None,
@@ -128,6 +142,27 @@ def _refuse_contradictions(conf: NetConf) -> None:
             BAD_CONFIG,
             "fields disableContainerInterface and ipam: cannot use IPAM when the container interface is down",
         )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> None:
+    """Refuse what the reference portmap and bandwidth plugins would do and we do not. Raise `CniError` 2."""
+    limits = section(runtime, "bandwidth", "runtimeConfig.bandwidth")
+    mark = number(config, "markMasqBit", 0, 31, missing=MARK_BIT)
+    found = [(key, config.get(key), why) for key, why in UNSUPPORTED.items()]
+    found += [(f"runtimeConfig.bandwidth.{key}", limits.get(key), UNSUPPORTED[key]) for key in SUBNETS]
+    found.append(("markMasqBit", None if mark == MARK_BIT else mark, f"the plugin marks with bit {MARK_BIT} only"))
+    backend = text(config, "backend")
+    found.append(("backend", None if backend == "nftables" else backend, "host ports are elements of nftables"))
+    for key, value, why in found:
+        if value not in (None, "", []):
+            raise CniError(spec.UNSUPPORTED_FIELD, f"field {key}: {value!r} is not supported: {why}")
+
+
+def _port_masquerade(config: Mapping[str, Any]) -> str:
+    everybody = flag(config, "masqAll")
+    if not flag(config, "snat", missing=True):
+        return ""
+    return "all" if everybody else "own"
 
 
 def _bridge(config: Mapping[str, Any]) -> str:
@@ -255,11 +290,13 @@ def _networks(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
 # --- one value each, with the field's name in the error
 
 
-def flag(config: Mapping[str, Any], key: str) -> bool:
-    """Return a boolean; absent and null are false."""
+def flag(config: Mapping[str, Any], key: str, *, missing: bool = False) -> bool:
+    """Return a boolean; absent and null are `missing`."""
     value = config.get(key)
-    if value is None or isinstance(value, bool):
-        return bool(value)
+    if value is None:
+        return missing
+    if isinstance(value, bool):
+        return value
     raise CniError(BAD_CONFIG, f"field {key} is not true or false: {value!r}")
 
 

@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import re
 from _blake2 import blake2b  # hashlib would load all of OpenSSL
+from collections import Counter
 from typing import NamedTuple
 
 from cni.netconf import PROTOCOLS
@@ -68,6 +69,7 @@ class Element(NamedTuple):
     name: str
     key: str
     owner: str
+    value: str = ""
 
     @property
     def text(self) -> str:
@@ -163,21 +165,37 @@ def others(elements: tuple[str, ...], tag: str) -> list[Element]:
     return [one for one in owned() if one.owner != tag and plain(one.text) in wanted]
 
 
-def snapshot() -> tuple[list[Element], set[tuple[str, str]]]:
-    """Return the elements in our tables that have an owner, and the chains that have rules, as (table, chain)."""
+def snapshot() -> tuple[list[Element], Counter[tuple[str, str]]]:
+    """Return the elements in our tables that have an owner, and how many rules each (table, chain) has."""
     found: list[Element] = []
-    chains: set[tuple[str, str]] = set()
+    chains: Counter[tuple[str, str]] = Counter()
     for table in (HERE, SPOOF):
         for entry in nftables.list_table(*table.split()):
             if "rule" in entry:
-                chains.add((table, entry["rule"]["chain"]))
+                chains[table, entry["rule"]["chain"]] += 1
             named = entry.get("map") or entry.get("set") or {}
             for element in named.get("elem", ()):
-                value = element[0] if isinstance(element, list) else element
-                inner = value.get("elem") if isinstance(value, dict) else None
+                key, value = element if isinstance(element, list) else (element, "")
+                inner = key.get("elem") if isinstance(key, dict) else None
                 if inner and inner.get("comment"):
-                    found.append(Element(table, named["name"], _key(inner["val"]), inner["comment"]))
+                    said = (table, named["name"], _key(inner["val"]), inner["comment"], _key(value))
+                    found.append(Element(*said))
     return found, chains
+
+
+def wanted(element: str) -> Element:
+    """Return an element (`table map { key comment "tag" : value }`) as the kernel is to show it."""
+    found = _ELEMENT.match(element)
+    if found is None:
+        raise ValueError(f"{element!r} is no nftables element")
+    family, table, name, key, comment, value = found.groups()
+    return Element(f"{family} {table}", name, plain(key), comment or "", value or "")
+
+
+def rules(script: str) -> Counter[tuple[str, str]]:
+    """Return how many rules a script gives each (table, chain)."""
+    lines = (line.split(" ", 5) for line in script.splitlines())
+    return Counter((f"{line[2]} {line[3]}", line[4]) for line in lines if line[:2] == ["add", "rule"])
 
 
 def plain(text: str) -> str:
@@ -207,4 +225,6 @@ def remove_tables() -> None:
 def _key(value: object) -> str:
     if isinstance(value, dict) and "concat" in value:
         return " . ".join(_key(part) for part in value["concat"])
+    if isinstance(value, dict) and "goto" in value:
+        return f"goto {value['goto']['target']}"
     return str(value)

@@ -51,19 +51,29 @@ def shape(host: netlink.Socket, veth: rtnl.Link, ifb_name: str, alias: str, limi
 def difference(host: netlink.Socket, veth: rtnl.Link, ifb_name: str, limits: Bandwidth) -> str:
     """Return what is missing or changed of the limits, nothing when all is there."""
     wanted = with_bursts(limits)
-    if wanted.ingress_rate and not _near(tc.buckets(host, veth.ifindex), wanted.ingress_rate):
-        return f"shaping: no bucket of {wanted.ingress_rate} bit/s on {veth.name}"
+    if wanted.ingress_rate:
+        wrong = _unlike(host, veth, tc.bucket(wanted.ingress_rate, wanted.ingress_burst))
+        if wrong:
+            return wrong
     if not wanted.egress_rate:
         return ""
     ifb = rtnl.link_named(host, ifb_name)
     if ifb is None:
         return f"shaping: intermediate device {ifb_name} is missing"
-    if not _near(tc.buckets(host, ifb.ifindex), wanted.egress_rate):
-        return f"shaping: no bucket of {wanted.egress_rate} bit/s on {ifb_name}"
+    if not ifb.up:
+        return f"shaping: intermediate device {ifb_name} is down"
     if not tc.redirects(host, veth.ifindex):
         return f"shaping: {veth.name} does not redirect to {ifb_name}"
+    return _unlike(host, ifb, tc.bucket(wanted.egress_rate, wanted.egress_burst))
+
+
+def _unlike(host: netlink.Socket, link: rtnl.Link, want: tc.Bucket) -> str:
+    """Return in what a link's bucket is not the wanted one; the kernel rounds to its ticks."""
+    found = tc.buckets(host, link.ifindex)
+    if not found:
+        return f"shaping: {link.name} has no bucket of {want.rate * 8} bit/s"
+    if abs(found[0].rate - want.rate) > max(1, want.rate // 1000):
+        return f"shaping: rate of {link.name} is {found[0].rate * 8} bit/s, expected {want.rate * 8}"
+    if want.burst <= tc.deepest(want.rate) and abs(found[0].burst - want.burst) > max(64, want.burst // 100):
+        return f"shaping: burst of {link.name} is {found[0].burst * 8} bits, expected {want.burst * 8}"
     return ""
-
-
-def _near(found: list[tc.Bucket], rate: int) -> bool:
-    return any(abs(bucket.rate - rate // 8) <= max(1, rate // 8 // 1000) for bucket in found)

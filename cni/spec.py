@@ -42,7 +42,8 @@ KEYS = """
     mac ips ipam subnet rangeStart rangeEnd gateway ranges routes dst gw advmss priority table scope dataDir resolvConf
     dns nameservers domain search options servers searches ipRanges
     portMappings hostPort containerPort protocol hostIP
-    bandwidth ingressRate ingressBurst egressRate egressBurst
+    snat masqAll markMasqBit externalSetMarkChain conditionsV4 conditionsV6 backend
+    bandwidth shapedSubnets unshapedSubnets ingressRate ingressBurst egressRate egressBurst
     interfaces sandbox socketPath pciID interface address ip4 ip6 ip containerID ifname
 """
 """All keys that we read, as they are spelled."""

@@ -35,6 +35,11 @@ def bucket(rate: int, burst: int) -> Bucket:
     return Bucket(rate_bytes, burst_bytes, min(rate_bytes * LATENCY_MS // 1000 + burst_bytes, (1 << 32) - 1))
 
 
+def deepest(rate: int) -> int:
+    """Return the deepest bucket, in bytes, whose depth the kernel can tell for a rate in bytes a second."""
+    return 0xFFFFFFFF * _nanoseconds_per_tick() * rate // 1_000_000_000
+
+
 def set_bucket(sock: netlink.Socket, ifindex: int, shape: Bucket) -> None:
     """Put a token bucket at a link's root, in place of what was there. Raise `NetlinkError`."""
     rate = struct.pack("=BBHhHI", 0, 1, 0, 0, 0, min(shape.rate, 0xFFFFFFFF))

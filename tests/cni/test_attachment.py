@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -231,54 +230,6 @@ def test_the_bridges_hardware_address_does_not_follow_its_ports(runtime: Runtime
         pod.add(runtime.conf(isGateway=True, ipam=FOUR, runtimeConfig={"mac": f"02:00:00:00:00:0{3 - number}"}))
         macs.add(links(runtime.host)["cni0"]["address"])
     assert len(macs) == 1
-
-
-SPOILED: list[tuple[dict[str, Any], str, str]] = [
-    ({}, "host: ip link set VETH nomaster", "master"),
-    ({}, "host: ip link set VETH down", "down"),
-    ({}, "host: ip link set cni0 down", "bridge cni0 is down"),
-    ({}, "host: ip link del VETH", "missing"),
-    ({}, "host: ip addr del 10.9.0.1/24 dev cni0", "gateway address"),
-    ({}, "host: sysctl -qw net.ipv4.ip_forward=0", "ip_forward"),
-    ({"hairpinMode": True}, "host: bridge link set dev VETH hairpin off", "hairpin"),
-    ({"portIsolation": True}, "host: bridge link set dev VETH isolated off", "isolation"),
-    ({"mtu": 1400}, "host: ip link set VETH mtu 1300", "MTU"),
-    ({"promiscMode": True}, "host: ip link set cni0 promisc off", "promiscuous"),
-    ({}, "pod: ip addr del 10.9.0.2/24 dev eth0", "address 10.9.0.2/24"),
-    ({}, "pod: ip route del default", "route 0.0.0.0/0"),
-    ({}, "pod: ip link set eth0 down", "down"),
-    ({}, "pod: ip link set eth0 address 02:00:00:00:00:55", "hardware address"),
-    ({"ipMasq": True}, "host: nft flush map inet pynet-cni masquerade4", "masquerade of 10.9.0.2"),
-    ({"ipMasq": True}, "host: nft flush chain inet pynet-cni postrouting", "masquerade"),
-    ({"ipMasq": True, "ipMasqBackend": "iptables"}, "host: iptables-nft -t nat -F POSTROUTING", "of 10.9.0.2"),
-    ({"macspoofchk": True}, "host: nft flush set bridge pynet-cni allowed", "spoof check"),
-    ({"macspoofchk": True}, "host: nft delete table bridge pynet-cni", "spoof check"),
-    ({"ingressRate": 8000000}, "host: tc qdisc del dev VETH root", "shaping"),
-    ({"egressRate": 8000000}, "host: tc qdisc del dev VETH ingress", "shaping"),
-    ({"egressRate": 8000000}, "host: ip link del IFB", "shaping"),
-    ({}, "ipam", "reserved"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("keys", "spoil", "words"), SPOILED, ids=[row[1] + str(row[0] or "") for row in SPOILED])
-def test_check_names_what_is_missing_or_changed(
-    runtime: Runtime, pod: Pod, keys: dict[str, Any], spoil: str, words: str
-) -> None:
-    result = pod.add(runtime.conf(isDefaultGateway=True, ipam=FOUR, **keys))
-    pod.check()
-    veth = result["interfaces"][1]["name"]
-    where, _, command = spoil.partition(": ")
-    if where == "ipam":
-        (runtime.state / "ipam" / "net.db").unlink()
-    else:
-        place = runtime.host if where == "host" else pod.ns
-        place.run(*command.replace("VETH", veth).replace("IFB", veth.replace("veth", "ifbp")).split())
-    with pytest.raises(CniFailure) as found:
-        pod.check()
-    assert words in found.value.message
-    assert found.value.code == 100
-    pod.delete()
-    assert veth not in links(runtime.host)
 
 
 @pytest.mark.parametrize("backend", ["nftables", "iptables"])

@@ -34,7 +34,8 @@ KEYS = [
 BASE = (
     ruleset.BASE
     + spoofcheck.BASE
-    + "".join(masquerade.chain(subnet, ()) + hostport.chain(subnet) for _, subnet in (FOUR, SIX))
+    + hostport.chains(FORWARDS)
+    + "".join(masquerade.chain(subnet, ()) for _, subnet in (FOUR, SIX))
 )
 OVER_NETLINK = """
 import sys

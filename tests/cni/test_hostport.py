@@ -177,6 +177,30 @@ def test_a_host_ip_limits_a_port_to_it(bench: Bench, netns: Names) -> None:
     assert ask(bench.host, "tcp", "127.0.0.1", 8080).startswith("error")
 
 
+def test_whose_connections_are_masqueraded(bench: Bench, netns: Names) -> None:
+    """masqAll: everybody's come under the host's address; snat false: nobody's, and so not from 127.0.0.1."""
+    pod, neighbour = Pod(bench.runtime, netns("pod")), Pod(bench.runtime, netns("next"))
+    serve(pod)
+    neighbour.add(bench.conf())
+    pod.add(bench.conf(tcp(), masqAll=True))
+    pod.check()
+    seen = [ask(bench.client, "tcp", host, 8080) for host in ("192.0.2.1", "2001:db8::1")]
+    assert seen == [f"{pod.container} 10.9.0.1", f"{pod.container} fd00:9::1"]
+    assert ask(neighbour.ns, "tcp", "192.0.2.1", 8080) == f"{pod.container} 10.9.0.1"
+    assert ask(bench.host, "tcp", "127.0.0.1", 8080) == f"{pod.container} 10.9.0.1"
+    pod.delete()
+    bench.host.run("sysctl", "-qw", "net.ipv4.conf.cni0.route_localnet=0")
+    pod.add(bench.conf(tcp(), snat=False))
+    pod.check()
+    assert ask(bench.client, "tcp", "192.0.2.1", 8080) == f"{pod.container} 192.0.2.9"
+    assert "hairpin4 {" in bench.host.run("nft", "list", "table", "inet", "pynet-cni")
+    assert pod.container not in bench.host.run("nft", "list", "map", "inet", "pynet-cni", "hairpin4")
+    assert bench.host.run("sysctl", "-n", "net.ipv4.conf.cni0.route_localnet").strip() == "0"
+    pod.delete()
+    neighbour.delete()
+    assert bench.host.run("nft", "list", "ruleset") == ""
+
+
 def test_a_claimed_port_is_refused_with_its_owner(bench: Bench, netns: Names) -> None:
     first, second = Pod(bench.runtime, netns("a")), Pod(bench.runtime, netns("b"))
     first.add(bench.conf(tcp()))

@@ -66,6 +66,39 @@ def test_a_bad_field_is_named(keys: dict[str, Any], field: str) -> None:
     assert field in refused.value.message
 
 
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    ({"conditionsV4": ["!", "-d", "192.0.2.0/24"]}, "conditionsV4"),
+    ({"conditionsV6": ["-s", "2001:db8::/64"]}, "conditionsV6"),
+    ({"externalSetMarkChain": "KUBE-MARK-MASQ"}, "externalSetMarkChain"),
+    ({"markMasqBit": 20}, "markMasqBit"),
+    ({"backend": "iptables"}, "backend"),
+    ({"unshapedSubnets": ["10.0.0.0/8"]}, "unshapedSubnets"),
+    ({"runtimeConfig": {"bandwidth": {"shapedSubnets": ["10.0.0.0/8"]}}}, "runtimeConfig.bandwidth.shapedSubnets"),
+]
+
+
+@pytest.mark.parametrize(("keys", "field"), UNSUPPORTED, ids=[row[1] for row in UNSUPPORTED])
+def test_what_portmap_and_bandwidth_honour_and_we_do_not_is_refused(keys: dict[str, Any], field: str) -> None:
+    with pytest.raises(CniError) as refused:
+        parse(**keys)
+    assert refused.value.code == 2
+    value = next(iter(keys.values()))
+    shown = "10.0.0.0/8" if field.endswith("hapedSubnets") else repr(value)
+    assert f"field {field}: " in refused.value.message
+    assert shown in refused.value.message
+
+
+def test_portmaps_keys_that_ask_for_what_is_so_anyway() -> None:
+    same = parse(conditionsV4=[], conditionsV6=None, markMasqBit=13, backend="nftables", snat=True, masqAll=False)
+    assert same == parse()
+    assert parse(snat=False, masqAll=True).port_masquerade == ""
+    assert parse(masqAll=True).port_masquerade == "all"
+    with pytest.raises(CniError, match="field snat is not true or false"):
+        parse(snat="yes")
+    with pytest.raises(CniError, match="field markMasqBit: 32 is not between 0 and 31"):
+        parse(markMasqBit=32)
+
+
 def test_defaults_are_the_reference_plugins() -> None:
     conf = parse()
     assert (conf.bridge, conf.mtu, conf.ip_masq, conf.is_gateway, conf.hairpin) == ("cni0", 0, False, False, False)
