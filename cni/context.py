@@ -17,16 +17,16 @@ class Context:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stores: dict[tuple[str, str], Store] = {}
+        self._stores: dict[tuple[str, ...], Store] = {}
         self._journals: dict[str, Journal] = {}
         self._boot = ""
 
-    def store(self, data_dir: str, network: str) -> Store:
-        """Return the reservations of a network."""
-        key = (data_dir, network)
+    def store(self, data_dir: str, network: str, bridge: str = "", predecessor: str = "") -> Store:
+        """Return the reservations of a network; one made anew knows who is on the bridge, or in host-local's folder."""
+        key = (data_dir, network, bridge, predecessor)
         with self._lock:
             if key not in self._stores:
-                self._stores[key] = Store(data_dir, network, lambda: survivors(network))
+                self._stores[key] = Store(data_dir, network, lambda: survivors(network, bridge, predecessor))
             return self._stores[key]
 
     def journal(self, state_dir: str) -> Journal:

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
-from cni import ctl, delegate, journal, naming, netconf, ruleset, spec, wiring
+from cni import ctl, delegate, journal, naming, netconf, predecessor, ruleset, spec, wiring
 from cni.context import Context
 from cni.ctl import step
 from cni.ipam import verbs as ipam
@@ -64,7 +64,11 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
             record = None  # another network's attachment under the same names is not ours to remove
         step("del-start")
         addresses = _addresses(request, record, context, failures)
-        bridge = record.bridge if record else str(request.config.get("bridge") or "cni0")
+        before = predecessor.addresses(request) if record is None else []
+        if before:
+            predecessor.clear(*who, before, host, failures.attempt)
+            addresses = tuple(dict.fromkeys((*addresses, *before)))
+        bridge = record.bridge if record else _bridge(request)
         clear(who, record, addresses, bridge, host, book, context, failures, pod)
         failures.attempt("IPAM", lambda: _release(request, environment, context))
         step("del-ipam")
@@ -170,11 +174,22 @@ def collect(request: Request, environment: Mapping[str, str], context: Context, 
             failures.attempt("nftables", lambda: _remove_strays(request.network, spared, book))
     kind = ipam_type(request.config)
     if kind == ipam.TYPE:
+        failures.attempt("IPAM", lambda: _collect_inherited(request, context, valid))
         failures.attempt("IPAM", lambda: ipam.collect(request, context, valid))
     elif kind:
         failures.attempt("IPAM", lambda: delegate.run("GC", request, kind, environment))
     failures.report("GC")
     return ""
+
+
+def _collect_inherited(request: Request, context: Context, valid: set[tuple[str, str]] | None) -> None:
+    """Remove what the reference plugins left of attachments whose addresses are about to be released."""
+    failures = Failures()
+    with netlink.Socket() as host:
+        for key, held in ipam.inherited(request, context, valid).items():
+            predecessor.clear(request.network, *key, held, host, failures.attempt)
+            flush(host, _bridge(request), tuple(held), ())
+    failures.report("what another plugin left")
 
 
 def valid_attachments(config: Mapping[str, object]) -> set[tuple[str, str]] | None:

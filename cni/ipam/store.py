@@ -32,7 +32,10 @@ _VERSION = 1
 
 
 class Owner(NamedTuple):
-    """Who holds an address: container and interface, and by what it can be told that they are gone."""
+    """Who holds an address: container and interface, and by what it can be told that they are gone.
+
+    Of a pod that was found running, `netns` is the name of its host link; one that another made may have no container.
+    """
 
     container: str
     ifname: str

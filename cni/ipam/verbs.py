@@ -12,13 +12,16 @@ from typing import TypeVar
 from cni import naming, netconf, results, spec
 from cni.context import Context
 from cni.database import Damaged
-from cni.ipam import allocator, ranges
+from cni.ipam import allocator, hostlocal, ranges
 from cni.ipam.store import Allotment, Held, Owner, Store
 from pynet.kernel import netlink, netns, rtnl
 
 TYPE = ranges.TYPE
-MAIN_TYPE = "pynet-cni"
+TELLING_TYPES = ("pynet-cni", "bridge")
+"""Main plugins whose running pods are all on the bridge that the configuration names."""
 T = TypeVar("T")
+Key = tuple[str, str]
+"""Container id and interface of an attachment."""
 
 _RESOLVER_BYTES = 1 << 20
 _LINGER_SECONDS = 2.0
@@ -29,7 +32,7 @@ def add(request: spec.Request, context: Context, pod_netns: int = -1) -> results
     """Reserve one address of every range set; return the result without interfaces. Raise `CniError`."""
     conf = parse(request)
     dns = resolver(conf.resolv_conf)
-    store = context.store(conf.data_dir, conf.network)
+    store = _store(request, context)
     owner = _owner(request, context, pod_netns)
 
     def reserve() -> list[Allotment]:
@@ -51,7 +54,10 @@ def add(request: spec.Request, context: Context, pod_netns: int = -1) -> results
 def delete(request: spec.Request, context: Context) -> list[Held]:
     """Release what the attachment holds; return it."""
     store = _store(request, context)
-    return repaired(request, store, lambda: store.release(request.container, request.ifname, context.now()))
+    released = repaired(request, store, lambda: store.release(request.container, request.ifname, context.now()))
+    if not released or not all(held.owner.boot for held in released):  # another plugin may have given them out
+        hostlocal.forget(hostlocal.folder(request.config), lambda one: one.is_of(request.container, request.ifname))
+    return released
 
 
 def held(request: spec.Request, context: Context) -> list[str]:
@@ -70,7 +76,7 @@ def confirmed(request: spec.Request, context: Context) -> bool:
 def check(request: spec.Request, context: Context) -> None:
     """Raise `CniError` unless the attachment holds exactly the addresses that prevResult, if given, lists."""
     conf = parse(request)
-    store = context.store(conf.data_dir, conf.network)
+    store = _store(request, context)
     reserved = repaired(request, store, lambda: store.held(request.container, request.ifname))
     held = {one.address for one in reserved}
     if not held:
@@ -90,7 +96,7 @@ def status(request: spec.Request, context: Context) -> None:
     """Raise `CniError` 50 when a range set has no address left, after reclaiming what dead pods hold."""
     conf = parse(request)
     resolver(conf.resolv_conf)
-    store = context.store(conf.data_dir, conf.network)
+    store = _store(request, context)
     if min(_free(request, store, conf)) == 0:
         _await_links(store)
         store.release_where(gone_of(context), context.now())
@@ -104,7 +110,7 @@ def status(request: spec.Request, context: Context) -> None:
 def free_addresses(request: spec.Request, context: Context) -> str:
     """Return how many addresses of each range set are free, as text. Raise `CniError`."""
     conf = parse(request)
-    return _counted(conf, _free(request, context.store(conf.data_dir, conf.network), conf))
+    return _counted(conf, _free(request, _store(request, context), conf))
 
 
 def _free(request: spec.Request, store: Store, conf: ranges.IpamConf) -> list[int]:
@@ -118,17 +124,36 @@ def _counted(conf: ranges.IpamConf, free: list[int]) -> str:
     )
 
 
-def collect(request: spec.Request, context: Context, valid: set[tuple[str, str]] | None) -> list[Held]:
+def collect(request: spec.Request, context: Context, valid: set[Key] | None) -> list[Held]:
     """Release what is held by attachments that are not `valid` (None: none are known), or whose pod is gone."""
-    store = _store(request, context)
+    store, over = _store(request, context), _over(context, valid)
+    released = repaired(request, store, lambda: store.release_where(over, context.now()))
+    inherited = {held.owner[:2] for held in released if not held.owner.boot}
+    if inherited:
+        folder = hostlocal.folder(request.config)
+        hostlocal.forget(folder, lambda one: any(one.is_of(*owner) for owner in inherited))
+    return released
+
+
+def inherited(request: spec.Request, context: Context, valid: set[Key] | None) -> dict[Key, list[str]]:
+    """Return the addresses that `collect` is going to release and another plugin gave out, by attachment."""
+    store, over = _store(request, context), _over(context, valid)
+    found: dict[Key, list[str]] = {}
+    for held in repaired(request, store, store.all):
+        if held.owner.container and not held.owner.boot and over(held.owner):
+            found.setdefault((held.owner.container, held.owner.ifname), []).append(held.address)
+    return found
+
+
+def _over(context: Context, valid: set[Key] | None) -> Callable[[Owner], bool]:
     gone = gone_of(context)
 
     def over(owner: Owner) -> bool:
-        if valid is not None:
+        if valid is not None and owner.container:
             return (owner.container, owner.ifname) not in valid
         return gone(owner)
 
-    return repaired(request, store, lambda: store.release_where(over, context.now()))
+    return over
 
 
 def parse(request: spec.Request) -> ranges.IpamConf:
@@ -145,13 +170,13 @@ def shown(range_set: ranges.RangeSet) -> str:
 def repaired(request: spec.Request, store: Store, work: Callable[[], T]) -> T:
     """Do `work`; a damaged database is rebuilt from the links of running pods and tried once more. Raise `CniError`.
 
-    Only under our own main plugin: its links tell every address in use. Another plugin's links do not; but what was
-    last written before the machine started, holds no address of a running pod.
+    Only under a main plugin whose pods are on a bridge: the kernel tells every address in use. Others' do not; but what
+    was last written before the machine started, holds no address of a running pod.
     """
     try:
         return work()
     except Damaged as damage:
-        if request.config.get("type") != MAIN_TYPE and not store.of_earlier_boot():
+        if request.config.get("type") not in TELLING_TYPES and not store.of_earlier_boot():
             raise spec.CniError(
                 spec.IO_FAILURE, f"IPAM: {damage}",
                 "it cannot be rebuilt under this main plugin: remove the file when no pod of this network runs",
@@ -164,12 +189,14 @@ def gone_of(context: Context) -> Callable[[Owner], bool]:
     """Return what says whether an owner is no more.
 
     That is one of another boot, or one whose namespace is not at its path any more and whose host link, which lives as
-    long as the namespace, does not exist either.
+    long as the namespace, does not exist either. Of a pod that was found running only its host link is known.
     """
 
     def gone(owner: Owner) -> bool:
         if owner.boot and owner.boot != context.boot:
             return True
+        if not owner.inode and owner.netns and "/" not in owner.netns:
+            return not rtnl.index_of(owner.netns)
         return _has_left(owner) and not _has_link(owner)
 
     return gone
@@ -239,7 +266,9 @@ def _store(request: spec.Request, context: Context) -> Store:
     data_dir = ipam.get("dataDir") if isinstance(ipam, Mapping) else None
     if not isinstance(data_dir, str) or not data_dir:
         data_dir = f"{netconf.state_dir(request.config)}/ipam"
-    return context.store(data_dir, request.network)
+    kind, bridge = request.config.get("type"), request.config.get("bridge") or "cni0"
+    bridge = bridge if kind in TELLING_TYPES and isinstance(bridge, str) else ""
+    return context.store(data_dir, request.network, bridge, hostlocal.folder(request.config))
 
 
 def _owner(request: spec.Request, context: Context, pod_netns: int) -> Owner:

@@ -24,7 +24,7 @@ OPER_UP = 6
 AF_BRIDGE = 7
 MAIN_TABLE = 254
 PROTO_BOOT = 3
-SCOPE_LINK = 253
+SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 NUD_REACHABLE, NUD_PERMANENT = 0x02, 0x80
 F_NODAD, F_DADFAILED, F_TENTATIVE = 0x02, 0x08, 0x40
 _EXT_BRVLAN, _EXT_SKIP_STATS = 2, 8
@@ -56,6 +56,8 @@ class Link(NamedTuple):
     promiscuity: int
     group: int
     vlan_filtering: bool | None = None
+    peer_netns: int | None = None
+    """Our number for the namespace that a veth's other end is in, where that is not our own."""
 
     @property
     def up(self) -> bool:
@@ -172,6 +174,7 @@ def _link(reply: bytes) -> Link:
         promiscuity=netlink.as_int(found.get(30)),
         group=netlink.as_int(found.get(27)),
         vlan_filtering=bool(netlink.as_int(data[7])) if 7 in data else None,
+        peer_netns=netlink.as_int(found[37]) if 37 in found else None,
     )
 
 
@@ -336,6 +339,21 @@ def addresses(sock: netlink.Socket, index: int, family: int = 0) -> list[Address
             packed = found_here.get(2) or found_here.get(1) or b""
             if at == index and packed:
                 found.append(Address(at, packed, prefix, netlink.as_int(found_here.get(8), flags), scope))
+    return found
+
+
+def peer_addresses(sock: netlink.Socket, link: Link) -> list[Address]:
+    """Return the addresses of a veth's other end, in whatever namespace that is (IFA_TARGET_NETNSID, kernel 4.20)."""
+    found = []
+    if link.peer_netns is None:
+        return []
+    for family in (_socket.AF_INET, _socket.AF_INET6):
+        body = _IFADDR.pack(family, 0, 0, 0, link.peer) + u32(10, link.peer_netns)
+        for reply in sock.dump(GETADDR, body, f"addresses at the other end of {link.name}"):
+            _, prefix, flags, scope, at = _IFADDR.unpack_from(reply)
+            here = netlink.attributes(reply[8:])
+            if at == link.peer and (packed := here.get(2) or here.get(1)):
+                found.append(Address(at, packed, prefix, netlink.as_int(here.get(8), flags), scope))
     return found
 
 
