@@ -5,7 +5,7 @@ JOBS ?= 4
 # what is compiled is kept: each start of a program would compile a fresh clone anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: lab lab-down test test-unit test-vm lint format bench golden setup lock clean
+.PHONY: lab lab-down test test-unit test-vm try-image lint format bench golden setup lock clean
 
 # a kernel without IPVS plays it in a virtual machine
 ON = $(if $(filter ipvs,$(MODE)),tools/with-ipvs)
@@ -21,6 +21,9 @@ test: setup
 
 test-unit:
 	$(PY) -m pytest -n $(JOBS) -m "not root and not vm and not lab"
+
+try-image: setup
+	deploy/try
 
 test-vm: setup
 	$(PY) -m pytest -m vm

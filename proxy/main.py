@@ -39,6 +39,7 @@ log = logs.get(__name__)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 1.0
 NEEDED = (privileges.NET_ADMIN, privileges.NET_RAW, privileges.NET_BIND_SERVICE)
+INDISPENSABLE = {"iptables": NEEDED[:2], "ipvs": NEEDED[:2]}  # by mode; NET_ADMIN for the others
 Routes = dict[str, Callable[[], Reply]]
 
 
@@ -71,6 +72,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     try:
         source = source_from(args, KINDS, node=settings.node_name)
         events = events_from(args, "pyproxy", settings.node_name)
+        if missing := lacking(settings):
+            log.error("cannot start: capabilities are missing", extra=logs.fields(missing=missing, mode=settings.mode))
+            return 1
         mode = registry.made(settings)
     except (NoSource, ApplyError) as error:
         log.error(str(error))
@@ -132,6 +136,13 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         server.close()
     events.close()
     return 0
+
+
+def lacking(settings: Settings) -> str:
+    """Return which capabilities are missing without which the mode can write nothing; or ""."""
+    if settings.mode == "userspace" and settings.userspace.listen_only:
+        return ""
+    return privileges.lacking(INDISPENSABLE.get(settings.mode, NEEDED[:1]))
 
 
 def tell_mode(settings: Settings, mode: Mode, metrics: Metrics, events: Events) -> None:

@@ -6,6 +6,7 @@ What this network namespace may not set (limits that belong to the whole machine
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from proxy.config import Conntrack, Settings
@@ -65,9 +66,13 @@ def _raise_limit(limit: int) -> None:
 
 
 def _is_first_namespace() -> bool:
-    """Whether this is the machine's own network namespace: limits of the whole machine are set from there only."""
+    """Whether this is the machine's own network namespace: limits of the whole machine are set from there only.
+
+    The kernel itself says so (nf_conntrack_standalone.c: elsewhere the file is read-only); process 1 would not, as in
+    a container it is the container's own.
+    """
     try:
-        return os.stat("/proc/self/ns/net").st_ino == os.stat("/proc/1/ns/net").st_ino
+        return bool(os.stat("/proc/sys/net/netfilter/nf_conntrack_max").st_mode & stat.S_IWUSR)
     except OSError:
         return False
 

@@ -25,7 +25,7 @@ from cni.node.metrics import Metrics
 from cni.node.podcidrs import BadPool, Pool, pools
 from cni.node.routes import PROTOCOL, Settings
 from cni.serve import Server
-from pynet.daemon import http, lifecycle, logs
+from pynet.daemon import http, lifecycle, logs, privileges
 from pynet.kernel.netevents import Watch
 from pynet.kernel.routes import Rtnetlink
 from pynet.netstate import family_of
@@ -37,6 +37,8 @@ from pynet.sources.manifests import Manifests
 log = logs.get(__name__)
 STATE_DIR = Path("/run/pynet")
 _LOCK_PATIENCE = 2.0  # seconds that a predecessor has to end
+# to write routes and rules; to tell neighbours; to enter pods' network namespaces
+_NEEDED = (privileges.NET_ADMIN, privileges.NET_RAW, privileges.SYS_ADMIN)
 _FAILING_LIMIT = 120.0  # seconds of failure after which /healthz says so
 
 _EPILOG = f"""\
@@ -143,10 +145,12 @@ def _serve(arguments: list[str]) -> int:
 
 def _root() -> bool:
     """Say whether the process may do what it is for; log it where it may not."""
-    if os.geteuid() == 0:
-        return True
-    log.error("pynetd needs root: it writes routes, links and rules of this network namespace")
-    return False
+    if os.geteuid() != 0:
+        log.error("pynetd needs root: it writes routes, links and rules of this network namespace")
+        return False
+    if missing := privileges.lacking(_NEEDED):
+        log.error("cannot start: capabilities are missing", extra=logs.fields(missing=missing))
+    return not missing
 
 
 def _clean(args: argparse.Namespace) -> int:

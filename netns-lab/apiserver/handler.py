@@ -11,7 +11,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 import yaml
 
-from apiserver import discovery, errors, protobuf, schemas, selectors, tables, watching
+from apiserver import authorization, discovery, errors, protobuf, schemas, selectors, tables, watching
 from apiserver.api import scale_of
 from apiserver.errors import ApiError
 from apiserver.faults import End, Fault, troubled
@@ -52,6 +52,7 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
+    user: str = ""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.raw = self.rfile.read(length) if length else b""
         try:
-            self._authenticate()
+            self.user = self._authenticate()
             self._route(split.path)
         except ApiError as error:
             self._send(error.code, error.status(), error.headers)
@@ -86,14 +87,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self.wfile.flush()
 
-    def _authenticate(self) -> None:
-        if self.owner.tokens is None:
-            return
+    def _authenticate(self) -> str:
+        """Return who asks, by name where the server's tokens say one."""
+        tokens = self.owner.tokens
+        if tokens is None:
+            return ""
         if isinstance(self.connection, ssl.SSLSocket) and self.connection.getpeercert():
-            return
+            return ""
         scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
-        if scheme.lower() != "bearer" or token.strip() not in self.owner.tokens:
+        token = token.strip()
+        if scheme.lower() != "bearer" or token not in tokens:
             raise errors.unauthorized()
+        return tokens[token] if isinstance(tokens, Mapping) else ""
 
     def _route(self, path: str) -> None:
         match = _PATH.match(path)
@@ -109,9 +114,19 @@ class Handler(BaseHTTPRequestHandler):
         elif watch:
             verb = "watch"
         asked = Request(
-            verb, resource.group, resource.plural, namespace, name, part, self.path, self.query, dict(self.headers)
+            verb,
+            resource.group,
+            resource.plural,
+            namespace,
+            name,
+            part,
+            self.path,
+            self.query,
+            dict(self.headers),
+            self.user,
         )
         self.owner.requests.append(asked)
+        authorization.forbid(self.owner.store, self.user, verb, resource.group, resource.plural, namespace, part)
         fault = self.owner.faults.next(resource.plural, verb)
         if fault is not None:
             if fault.delay:

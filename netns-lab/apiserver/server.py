@@ -6,7 +6,7 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -43,7 +43,7 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         tls: Tls | None = None,
-        tokens: set[str] | None = None,
+        tokens: set[str] | Mapping[str, str] | None = None,
         service_ranges: tuple[str, ...] = ("10.96.0.0/16",),
         bookmark_every: float = 60.0,
         streaming: bool = True,
@@ -52,7 +52,8 @@ class Server:
     ) -> None:
         """`sockets`: listening ones that are served as well, from whichever network namespace they are of.
 
-        `tokens`: bearer tokens that are let in (None: everybody is). `streaming`: streaming lists are offered.
+        `tokens`: bearer tokens that are let in (None: everybody is), a mapping says as whom: then the cluster's roles
+        say what each may do (`authorization`). `streaming`: streaming lists are offered.
         """
         self.store = store or Store()
         self.api = Api(self.store, services.Allocator(service_ranges))

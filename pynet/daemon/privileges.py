@@ -1,4 +1,4 @@
-"""Giving up the capabilities that a daemon does not need, for itself and for every program that it starts.
+"""The capabilities of a daemon: which it lacks; giving up those not needed, for itself and all programs it starts.
 
 Capabilities belong to a thread and are inherited by those that it starts: to be called before the first of them.
 Numbers: linux/capability.h, prctl(2), capset(2).
@@ -11,10 +11,18 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-NET_BIND_SERVICE, NET_ADMIN, NET_RAW = 10, 12, 13
+NET_BIND_SERVICE, NET_ADMIN, NET_RAW, SYS_ADMIN = 10, 12, 13, 21
+_NAMES = {10: "CAP_NET_BIND_SERVICE", 12: "CAP_NET_ADMIN", 13: "CAP_NET_RAW", 21: "CAP_SYS_ADMIN"}
 _CAPBSET_READ, _CAPBSET_DROP = 23, 24
 _VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def lacking(capabilities: Iterable[int]) -> str:
+    """Return the names of those that this process does not have, in words; or ""."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return " ".join(_NAMES[number] for number in capabilities if not effective >> number & 1)
 
 
 def keep_only(capabilities: Iterable[int]) -> bool:

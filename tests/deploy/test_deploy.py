@@ -25,6 +25,7 @@ from pynet.sources.credentials import Credentials
 from pynet.sources.flags import source_from
 from pynet.sources.transport import Transport
 from sources import recorded
+from support.netns import Names, programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -301,3 +302,22 @@ def test_the_image_keeps_what_the_programs_need() -> None:
     kept = set(done.stdout.split())
     assert {"pynet", "kubernetes", "msgspec", "pyyaml", "prometheus-client", "urllib3"} <= kept
     assert not {"pytest", "mypy", "scapy", "grpcio", "ruff", "pyroute2", "python-iptables"} & kept
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["pyproxy", "--mode=nftables"], "CAP_NET_ADMIN"),
+        (["pyproxy", "--mode=iptables"], '"CAP_NET_ADMIN CAP_NET_RAW"'),
+        (["pynetd"], '"CAP_NET_ADMIN CAP_NET_RAW"'),
+    ],
+)
+def test_a_missing_capability_is_named(words: list[str], missing: str, netns: Names, tmp_path: Path) -> None:
+    (tmp_path / "objects").mkdir()
+    command = ["setpriv", "--bounding-set=-net_admin,-net_raw", f"{programs()}/{words[0]}", *words[1:]]
+    command += [f"--manifests={tmp_path}/objects", *([f"--state-dir={tmp_path}"] if words[0] == "pynetd" else [])]
+    line = ["ip", "netns", "exec", netns("bare").name, *command]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert f'msg="cannot start: capabilities are missing" missing={missing}' in done.stderr.splitlines()[-1]

@@ -29,10 +29,13 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def ask(server: Server, path: str, method: str = "GET", accept: str = "application/json", body: Any = None) -> Any:
+def ask(
+    server: Server, path: str, method: str = "GET", accept: str = "application/json", body: Any = None, token: str = ""
+) -> Any:
     pools = urllib3.PoolManager()  # of its own: a port may have been another server's a moment ago
     return pools.request(
-        method, server.url + path, headers={"Accept": accept, "Content-Type": "application/json"},
+        method, server.url + path,
+        headers={"Accept": accept, "Content-Type": "application/json", "Authorization": f"Bearer {token}"},
         body=None if body is None else json.dumps(body), retries=False,
     )  # fmt: skip
 
@@ -243,3 +246,33 @@ def test_what_leaves_the_selection_is_deleted_for_the_watch() -> None:
     assert [event["type"] for event in events] == ["DELETED", "ADDED"]
     assert "labels" not in events[0]["object"]["metadata"]
     assert int(events[0]["object"]["metadata"]["resourceVersion"]) == start + 1
+
+
+def test_who_may_not_is_told_so() -> None:
+    """Roles allow by verb, group and resource; the words are kube-apiserver's."""
+    account = "system:serviceaccount:kube-system:reader"
+    rule = {"apiGroups": [""], "resources": ["services"], "verbs": ["list"]}
+    base = {"apiVersion": "rbac.authorization.k8s.io/v1"}
+    with Server(tokens={"t": account, "boss": "system:masters"}) as server:
+        server.put(
+            {**base, "kind": "ClusterRole", "metadata": {"name": "reads"}, "rules": [rule]},
+            {
+                **base,
+                "kind": "ClusterRoleBinding",
+                "metadata": {"name": "reader"},
+                "roleRef": {"kind": "ClusterRole", "name": "reads"},
+                "subjects": [{"kind": "ServiceAccount", "namespace": "kube-system", "name": "reader"}],
+            },
+        )
+        assert ask(server, "/api/v1/services", token="t").status == 200
+        assert ask(server, "/api/v1/nodes", token="boss").status == 200
+        found = ask(server, "/api/v1/services?watch=1", token="t")
+    assert (found.status, found.json()) == (
+        403,
+        {
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "Forbidden",
+            "message": f'services is forbidden: User "{account}" cannot watch resource "services" in API group "" '
+            "at the cluster scope",
+            "details": {"kind": "services"}, "code": 403,
+        },
+    )  # fmt: skip

@@ -2,8 +2,9 @@
 
 `build_image` makes a small image of busybox-static on the spot; `Containerd` starts the daemon, imports it, runs
 containers through a CNI configuration folder (`ctr run --cni`), and with `cri=True` serves the CRI as well. `close`
-leaves nothing: no process, mount, cgroup or file. In the private mount namespace /run, /etc/cni and /opt/cni are its
-own (paths that containerd has built in), whatever else is under /run can be seen as it is on the host.
+leaves nothing: no process, mount, cgroup or file. In the private mount namespace /run, /etc/cni, /opt/cni and /lib are
+its own (paths that containerd and pods have built in), whatever else is under /run can be seen as it is on the host,
+or nothing of it (`alone=True`): then it is a machine of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 IMAGE = "localhost/pynet-busybox:1"
@@ -31,25 +33,26 @@ echo $(/bin/busybox tr '\\0' '\\n' </proc/1/environ | /bin/busybox grep ^NAME=) 
 
 SETUP = """
 set -e
-old=$1 tmp=$2 conf=$3 bin=$4 netns=$5; shift 5
+old=$1 tmp=$2 conf=$3 bin=$4 netns=$5 seen=$6; shift 6
 mount -n --make-rslave /
 mount -n --rbind /run "$old"
 mount -n -t tmpfs -o mode=755 tmpfs /run
-for entry in "$old"/*/; do
+for entry in "$old"/$seen/; do
     name=$(basename "$entry")
-    [ "$name" != containerd ] || continue
+    [ "$name" != containerd ] && [ -d "$entry" ] || continue
     mkdir -p "/run/$name"; mount -n --rbind "$old/$name" "/run/$name"
 done
 mount -n -t tmpfs tmpfs "$tmp"
-for place in etc opt; do
+for place in etc opt usr/lib; do
     mkdir -p "$tmp/$place/up" "$tmp/$place/work" "/$place"
     mount -n -t overlay overlay -o "lowerdir=/$place,upperdir=$tmp/$place/up,workdir=$tmp/$place/work" "/$place"
 done
-mkdir -p /etc/cni/net.d /opt/cni/bin
+mkdir -p /etc/cni/net.d /opt/cni/bin /lib/modules
 mount -n --bind "$conf" /etc/cni/net.d
 mount -n --bind "$bin" /opt/cni/bin
 mkdir "$tmp/cgroup"; mount -n --rbind /sys/fs/cgroup "$tmp/cgroup"
-exec nsenter --net="$netns" sh -c '
+mount -n --make-rshared /
+exec nsenter --net="$old/netns/${netns##*/}" sh -c '
     mount -n -t sysfs sysfs /sys; mount -n --rbind "$0/cgroup" /sys/fs/cgroup; exec "$@"' "$tmp" "$@"
 """
 
@@ -130,12 +133,12 @@ disabled_plugins = [{disabled}]
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{image}"
   restrict_oom_score_adj = true
-  netns_mounts_under_state_dir = true
+  netns_mounts_under_state_dir = {hidden}
   [plugins."io.containerd.grpc.v1.cri".cni]
     conf_dir = "/etc/cni/net.d"
     bin_dir = "/opt/cni/bin"
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "native"
+    snapshotter = "{snapshotter}"
 """
 
 
@@ -154,7 +157,10 @@ class Containerd:
         *,
         cri: bool = False,
         env: dict[str, str] | None = None,
+        alone: bool = False,
+        images: Sequence[Path] = (),
     ) -> None:
+        """`images`: archives to import beside the small one; then snapshots are overlays, as copies would cost."""
         self.folder = folder
         self.socket = folder / "containerd.sock"
         if len(str(self.socket)) > 100:
@@ -164,11 +170,20 @@ class Containerd:
         for name in ("old", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         disabled = "" if cri else '"io.containerd.grpc.v1.cri"'
-        (folder / "config.toml").write_text(CONFIG.format(folder=folder, disabled=disabled, image=IMAGE))
+        self._snapshotter = "overlayfs" if images else "native"
+        text = CONFIG.format(
+            folder=folder,
+            disabled=disabled,
+            image=IMAGE,
+            snapshotter=self._snapshotter,
+            hidden=str(not alone).lower(),
+        )
+        (folder / "config.toml").write_text(text)
         (folder / "setup.sh").write_text(SETUP)
         self.log = folder / "containerd.log"
         command = ["unshare", "--mount", "--propagation", "slave", "sh", str(folder / "setup.sh")]
         command += [str(folder / "old"), str(folder / "tmp"), str(conf_dir), str(bin_dir), netns]
+        command.append("none" if alone else "*")
         command += ["containerd", "--config", str(folder / "config.toml"), "--log-level", "info"]
         with self.log.open("wb") as out:
             self._daemon = subprocess.Popen(
@@ -182,7 +197,7 @@ class Containerd:
         self.env = env or {}
         try:
             self._wait()
-            self._import(cri)
+            self._import(cri, images)
         except BaseException:
             self.close()
             raise
@@ -196,14 +211,20 @@ class Containerd:
                 return
             time.sleep(0.05)
 
-    def _import(self, cri: bool) -> None:
+    def _import(self, cri: bool, images: Sequence[Path]) -> None:
         archive = self.folder / "image.tar"
         build_image(archive)
         namespaces = (self.namespace, "k8s.io") if cri else (self.namespace,)
         for namespace in namespaces:
-            self.run("ctr", "-a", str(self.socket), "-n", namespace, "images", "import", "--snapshotter", "native",
-                     str(archive))  # fmt: skip
+            for path in (archive, *(images if namespace == "k8s.io" else ())):
+                self.run("ctr", "-a", str(self.socket), "-n", namespace, "images", "import", "--snapshotter",
+                         self._snapshotter, str(path))  # fmt: skip
         archive.unlink()
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process: whose namespaces are the machine."""
+        return self._daemon.pid
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command where containerd is: its mount and network namespaces."""
@@ -225,7 +246,7 @@ class Containerd:
     def start(self, name: str, *command: str, cni: bool = True) -> None:
         """Start a container in the background, wired through CNI."""
         wiring = ["--cni"] if cni else []
-        options = ["--cgroup", "", "--snapshotter", "native", "--env", f"NAME={name}"]
+        options = ["--cgroup", "", "--snapshotter", self._snapshotter, "--env", f"NAME={name}"]
         self.ctr("run", "--detach", *wiring, *options, IMAGE, name, *command)
 
     def exec(self, name: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
