@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import compileall
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -64,16 +65,21 @@ class Lane:
         self._read: dict[Path, int] = {}
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._deadline = 0.0
+        self._reading = -1
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.get_closest_marker("vm") is not None)  # last: the guest runs meanwhile
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         names = [item.nodeid for item in session.items if item.get_closest_marker("vm")]
-        if not names or session.config.option.collectonly or self._worker not in ("", "gw0"):
+        if not names or session.config.option.collectonly:
+            return
+        self._share.mkdir(parents=True, exist_ok=True)
+        self._reading = os.open(self._share, os.O_RDONLY)
+        fcntl.flock(self._reading, fcntl.LOCK_SH)
+        if self._worker not in ("", "gw0"):
             return
         sweep()
-        self._share.mkdir(parents=True, exist_ok=True)
         try:
             image = machine.kernel()
         except machine.Unavailable as error:
@@ -118,6 +124,8 @@ class Lane:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._machine.wait(10 if exitstatus == pytest.ExitCode.INTERRUPTED else LIMIT_SECONDS)
             machine.stop(self._machine)
+        if self._reading >= 0:
+            os.close(self._reading)
         if not self._worker:
             sweep()
 
@@ -175,10 +183,22 @@ def sweep() -> None:
     """Remove what runs left whose machine has ended: by the process that is the last to look, or the next run."""
     for share in machine.CACHE.glob("run-*"):
         pid = _started(share)
-        if pid is not None and not _runs(pid):
+        if pid is not None and not _runs(pid) and not _is_read(share):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(share / "console", machine.CACHE / "last-console")
             shutil.rmtree(share, ignore_errors=True)
+
+
+def _is_read(share: Path) -> bool:
+    """Tell whether a process still waits for reports from there: another run, perhaps, may sweep before it has all."""
+    fd = os.open(share, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _started(share: Path) -> int | None:
