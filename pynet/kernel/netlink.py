@@ -31,6 +31,7 @@ _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT = 270, 10, 11, 12
 _HEADER = struct.Struct("=IHHII")
 _ATTR = struct.Struct("=HH")
 _DUMP_TRIES = 20
+_PATIENCE = struct.pack("=qq", 30, 0)  # seconds; the kernel's own timer: `settimeout` would poll before each call
 
 Message = tuple[int, int, bytes]
 """Type, flags (REQUEST and ACK are added) and body of one request."""
@@ -109,9 +110,9 @@ def as_text(payload: bytes | None) -> str:
 class Socket:
     """One netlink socket of the network namespace the calling thread is in. Not for two threads at once."""
 
-    def __init__(self, protocol: int = NETLINK_ROUTE, timeout: float | None = 30) -> None:
+    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
         self._socket = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW | _socket.SOCK_CLOEXEC, protocol)
-        self._socket.settimeout(timeout)
+        self._socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, _PATIENCE)
         for option in (_CAP_ACK, _EXT_ACK, _STRICT) if protocol == NETLINK_ROUTE else (_CAP_ACK, _EXT_ACK):
             self._socket.setsockopt(_SOL_NETLINK, option, 1)
         self._sequence = 0
@@ -218,7 +219,7 @@ class Socket:
         return _HEADER.pack(16 + len(body), kind, flags | REQUEST, self._sequence, 0) + body + b"\0" * (-len(body) & 3)
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        data = self._socket.recv(1 << 18)
+        data = self._socket.recv(1 << 16)
         at = 0
         while at + 16 <= len(data):
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)

@@ -29,8 +29,11 @@ def write(name: str, value: str | int) -> bool:
     if read(name) == text:
         return False
     try:
-        with open(f"{_ROOT}/{name}", "w") as file:
-            file.write(text)
+        fd = os.open(f"{_ROOT}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
     except OSError as error:
         raise SysctlError(error.errno, f"sysctl {name.replace('/', '.')} = {text}: {error.strerror}") from None
     return True
