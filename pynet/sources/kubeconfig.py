@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,9 +15,10 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
+from pynet.sources.execplugin import VERSIONS, Given, PluginFailed, ask
+
 FILE_FIELDS = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 _PAIR = ("client-certificate", "client-key")
-_EXEC_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 Json = dict[str, Any]
 
 
@@ -34,15 +34,6 @@ class Chosen(msgspec.Struct, frozen=True):
     user: Json
     cluster_at: str
     user_at: str
-
-
-class Given(msgspec.Struct, frozen=True):
-    """What an exec plugin gave. `certificate` and `key`: PEM, both or neither."""
-
-    token: str = ""
-    certificate: str = ""
-    key: str = ""
-    expiry: datetime | None = None
 
 
 def read(path: Path, master: str | None = None) -> Chosen:
@@ -92,39 +83,17 @@ def address(text: Any, where: str, scheme: str = "http") -> str:
 
 def plugin(chosen: Chosen, folder: Path) -> Given:
     """Return what the user's exec plugin gives; it runs in `folder`. Raise `BadCredentials`."""
-    from kubernetes.config import ConfigException
-    from kubernetes.config.exec_provider import ExecProvider
-    from kubernetes.config.kube_config import ConfigNode
-
     wanted = chosen.user["exec"]
     where = f"{chosen.user_at}.exec"
     try:
-        cluster = ConfigNode("cluster", chosen.cluster)
-        status = ExecProvider(ConfigNode("exec", wanted), str(folder), cluster).run()
+        return ask(wanted, chosen.cluster, folder)
+    except PluginFailed as error:
+        raise BadCredentials(f"{where}{error}") from None
     except FileNotFoundError as error:
         hint = f"; {' '.join(str(wanted['installHint']).split())}" if wanted.get("installHint") else ""
         raise BadCredentials(f"{where}.command: {error}{hint}") from None
-    except (ConfigException, OSError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).removeprefix("exec: ").split())
-        raise BadCredentials(f"{where}: {wanted['command']!r}: {said[:500]}") from None
-    if not isinstance(status, dict):
-        raise BadCredentials(f"{where}: {wanted['command']!r}: status: expected an object")
-    token, certificate, key = (status.get(each) for each in ("token", "clientCertificateData", "clientKeyData"))
-    if not (token or certificate) or bool(certificate) != bool(key):
-        raise BadCredentials(
-            f"{where}: {wanted['command']!r} gave no credentials: expected status.token, or "
-            "status.clientCertificateData with status.clientKeyData"
-        )
-    expiry = None
-    if until := status.get("expirationTimestamp"):
-        try:
-            expiry = datetime.fromisoformat(str(until))
-        except ValueError:
-            raise BadCredentials(
-                f"{where}: {wanted['command']!r}: status.expirationTimestamp: {until!r} is no time"
-            ) from None
-        expiry = expiry if expiry.tzinfo else expiry.replace(tzinfo=UTC)
-    return Given(str(token or ""), str(certificate or ""), str(key or ""), expiry)
+    except OSError as error:
+        raise BadCredentials(f"{where}.command: {error}") from None
 
 
 def _named(document: Json, section: str, name: Any, field: str, path: Path) -> tuple[Json, str]:
@@ -166,6 +135,8 @@ def _check(section: Json, where: str) -> None:
         raise BadCredentials(f"{where}.exec: expected a mapping, found {type(wanted).__name__}")
     if not wanted.get("command"):
         raise BadCredentials(f"{where}.exec.command: missing")
-    if wanted.get("apiVersion") not in _EXEC_VERSIONS:
+    if wanted.get("apiVersion") not in VERSIONS:
         found = wanted.get("apiVersion")
-        raise BadCredentials(f"{where}.exec.apiVersion: expected {' or '.join(_EXEC_VERSIONS)}, found {found!r}")
+        raise BadCredentials(f"{where}.exec.apiVersion: expected {' or '.join(VERSIONS)}, found {found!r}")
+    if wanted.get("interactiveMode") == "Always":
+        raise BadCredentials(f"{where}.exec.interactiveMode: 'Always': a daemon has nobody to ask")

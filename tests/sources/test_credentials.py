@@ -19,6 +19,7 @@ import yaml
 
 from apiserver import Server
 from apiserver.server import Tls
+from pynet.sources import execplugin
 from pynet.sources.credentials import Credentials
 from pynet.sources.kubeconfig import BadCredentials
 from pynet.sources.transport import Refused, Transport, Unreachable
@@ -206,6 +207,38 @@ def test_a_plugin_that_fails_is_named(tmp_path: Path) -> None:
             Credentials(kubeconfig(tmp_path, server, user)).login()
 
 
+def test_a_plugin_that_hangs_is_told_of_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what it has started, also what keeps its output open; standard input is nobody's."""
+    script = f"cat; sleep 1000 & echo $! > {tmp_path}/child; setsid sleep 0.5 & wait"
+    wanted = {"apiVersion": f"{EXEC}/v1", "command": "sh", "args": ["-c", script]}
+    with pytest.raises(execplugin.PluginFailed, match="'sh': no answer within 0 s, it was ended"):
+        execplugin.ask(wanted, {}, tmp_path, slow=0.1, limit=0.3)
+    assert [record.getMessage() for record in caplog.records] == ["exec plugin has not answered yet"]
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_plugin_is_told_of_the_cluster_what_it_may_know(tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_text("PEM")
+    cluster = {
+        "server": "https://a", "certificate-authority": "ca.crt", "proxy-url": "http://p",
+        "extensions": [{"name": "client.authentication.k8s.io/exec", "extension": {"audience": "x"}}, {"name": "y"}],
+    }  # fmt: skip
+    told = {
+        "server": "https://a", "certificate-authority-data": base64.b64encode(b"PEM").decode(),
+        "proxy-url": "http://p", "config": {"audience": "x"},
+    }  # fmt: skip
+    wanted = {"apiVersion": f"{EXEC}/v1", "provideClusterInfo": True}
+    assert execplugin.request(wanted, cluster, tmp_path) == {
+        "apiVersion": f"{EXEC}/v1",
+        "kind": "ExecCredential",
+        "spec": {"interactive": False, "cluster": told},
+    }
+    assert "cluster" not in execplugin.request({"apiVersion": f"{EXEC}/v1"}, cluster, tmp_path)["spec"]
+
+
 def test_in_a_pod_the_service_account_is_used(
     tmp_path: Path, secure: Server, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +367,7 @@ BROKEN = {
     "a certificate without key": (config(user={"client-certificate": "x"}), "user.client-key: missing beside"),
     "a plugin without command": (config(user={"exec": {"apiVersion": f"{EXEC}/v1"}}), f"{AT}.command: missing"),
     "a plugin of no version": (config(user={"exec": {"command": "x"}}), f"{AT}.apiVersion: expected {EXEC}/v1 or"),
+    "a plugin that wants to talk": (config(user=running("", interactiveMode="Always")), f"{AT}.interactiveMode: "),
 }  # fmt: skip
 # What may yet come right: the daemons say so once and go on trying.
 AWAY = {
