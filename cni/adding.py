@@ -155,10 +155,14 @@ class _Adding:
         return first
 
     def claim(self, claims: tuple[journal.Claim, ...]) -> bool:
-        """Write record and claims; a port of a pod that is no more is freed first. Raise `CniError`."""
-        for _ in range(len(claims) + 1):
+        """Write record and claims; what a pod that is no more holds of them is freed first. Raise `CniError`."""
+        for _ in range(len(claims) + 2):
             try:
                 return self.book.write(self.record, claims)
+            except journal.Attached as attached:
+                if not removal.gone(attached.holder, self.host):
+                    raise CniError(spec.FAILED, f"{attached}: DEL there comes first") from None
+                removal.purge(attached.holder, self.book, self.host, self.context)
             except journal.PortTaken as taken:
                 if not removal.gone(taken.holder, self.host):
                     raise CniError(

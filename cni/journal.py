@@ -63,6 +63,14 @@ class PortTaken(Exception):
         self.holder = holder
 
 
+class Attached(Exception):
+    """The same container and interface are attached to another network; `holder` is that record."""
+
+    def __init__(self, holder: Record) -> None:
+        super().__init__(f"{holder.container}/{holder.ifname} is attached to network {holder.network}")
+        self.holder = holder
+
+
 class Journal:
     """The attachments of one node. Methods raise `CniError`."""
 
@@ -76,12 +84,14 @@ class Journal:
     def write(self, record: Record, claims: tuple[Claim, ...] = ()) -> bool:
         """Write a record, in place of the attachment's earlier one, with its claims; all or nothing.
 
-        Return whether it is the only one that has nftables elements. Raise `PortTaken`.
+        Return whether it is the only one that has nftables elements. Raise `PortTaken`, `Attached`.
         """
         values = record._asdict()
         key = values.pop("container"), values.pop("ifname"), values.pop("network")
 
         def work(db: sqlite3.Connection) -> bool:
+            for other in _select(db, "WHERE container = ? AND ifname = ? AND network != ?", key):
+                raise Attached(other)
             for claim in claims:
                 _claim(db, claim, record)
             row = (*key, int(bool(record.elements)), json.dumps(values))

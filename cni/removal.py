@@ -60,6 +60,7 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
     failures = Failures()
     with ctl.turn(request, state_dir), ctl.pod(request, pod_netns) as pod, netlink.Socket() as host:
         record = failures.attempt("record", lambda: book.read(request.container, request.ifname))
+        links = _has_own_links(who, record, host)
         if record is not None and record.network != request.network:
             record = None  # another network's attachment under the same names is not ours to remove
         step("del-start")
@@ -69,7 +70,7 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
             predecessor.clear(*who, before, host, failures.attempt)
             addresses = tuple(dict.fromkeys((*addresses, *before)))
         bridge = record.bridge if record else _bridge(request)
-        clear(who, record, addresses, bridge, host, book, context, failures, pod)
+        clear(who, record, addresses, bridge, host, book, context, failures, pod, links=links)
         failures.attempt("IPAM", lambda: _release(request, environment, context))
         step("del-ipam")
         finish(record, book, host, failures)
@@ -77,15 +78,26 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
     return ""
 
 
+def _has_own_links(who: Attachment, record: journal.Record | None, host: netlink.Socket) -> bool:
+    """Say whether the links under an attachment's names are its own, not another network's: links know no network."""
+    if record is not None:
+        return record.network == who.network
+    link = rtnl.link_named(host, naming.host_link(who.container, who.ifname))
+    mark = naming.mark(link.alias) if link is not None else None
+    return mark is None or mark.network == who.network
+
+
 def clear(
     who: Attachment, record: journal.Record | None, addresses: tuple[str, ...], bridge: str,
     host: netlink.Socket, book: journal.Journal, context: Context, failures: Failures, pod: int = -1,
+    *, links: bool = True,
 ) -> None:  # fmt: skip
-    """Remove links and rules of an attachment, and what the kernel remembers of its addresses."""
+    """Remove links (if they are its own) and rules of an attachment, and what the kernel remembers of its addresses."""
     name = naming.host_link(who.container, who.ifname)
-    failures.attempt("veth", lambda: _delete_link(host, name, pod, who.ifname, context))
+    if links:
+        failures.attempt("veth", lambda: _delete_link(host, name, pod, who.ifname, context))
     step("del-link")
-    if record is None or record.ifb:
+    if links and (record is None or record.ifb):
         ifb = naming.ifb_link(who.container, who.ifname)
         failures.attempt("intermediate device", lambda: _delete_link(host, ifb, -1, "", context))
     if record is None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from support.cni import REFERENCE, CniFailure, Pod, Runtime, residue
+from cni import delegate, spec
+from support.cni import REFERENCE, CniFailure, Pod, Runtime, links, residue
 
 pytestmark = pytest.mark.root
 
@@ -96,3 +101,89 @@ def test_our_ipam_under_another_main_plugin(runtime: Runtime, pod: Pod) -> None:
     pod.delete(program=bridge)
     assert pod.add(conf, program=bridge)["ips"][0]["address"] == "10.9.0.3/24"
     pod.delete(program=bridge)
+
+
+TELLING = """#!/usr/bin/env python3
+import json, os, sys
+conf, verb = json.load(sys.stdin), os.environ["CNI_COMMAND"]
+with open("FOLDER/calls", "a") as log:
+    env = {key: value for key, value in os.environ.items() if key.startswith("CNI_")}
+    print(json.dumps([verb, conf, env]), file=log)
+print("said to the log", file=sys.stderr)
+if os.path.exists(f"FOLDER/refuse-{verb}"):
+    print(json.dumps({"cniVersion": "1.1.0", "code": 123, "msg": f"no {verb} today", "details": "of the delegate"}))
+    sys.exit(1)
+if verb == "ADD":
+    print(json.dumps({"cniVersion": "1.1.0", "ips": [{"address": "10.9.0.5/24", "gateway": "10.9.0.1"}]}))
+"""
+
+
+def test_every_verb_goes_on_to_the_delegate(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
+    """With the complete configuration and the same environment; what the delegate refuses, the plugin refuses."""
+    plugin = tmp_path / "telling"
+    plugin.write_text(TELLING.replace("FOLDER", str(tmp_path)))
+    plugin.chmod(0o755)
+    env = {"CNI_PATH": str(tmp_path), "CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAME=x"}
+    conf = runtime.conf(isGateway=True, ipam={"type": "telling", "own": {"deep": [1]}}, unknown="kept")
+    pod.add(conf, env=env)
+    with_result = conf | {"prevResult": pod.result}
+    valid = conf | {"cni.dev/valid-attachments": [{"containerID": pod.container, "ifname": "eth0"}]}
+
+    def call(verb: str) -> None:
+        given = {"CHECK": with_result, "GC": valid, "DEL": with_result}.get(verb, conf)
+        names = (pod.container, pod.ns.path) if verb in ("CHECK", "DEL") else ()
+        runtime.call(verb, given, *names, env=env, ifname="eth0" if names else "")
+
+    for verb, code in (("STATUS", 50), ("CHECK", 123), ("GC", 123), ("DEL", 123)):
+        call(verb) if verb != "DEL" else None
+        (tmp_path / f"refuse-{verb}").touch()
+        with pytest.raises(CniFailure, match=f"IPAM plugin telling: no {verb} today") as refused:
+            call(verb)
+        assert refused.value.code == code
+        assert verb in ("GC", "DEL") or refused.value.details == "of the delegate"
+        (tmp_path / f"refuse-{verb}").unlink()
+    call("DEL")
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [verb for verb, _, _ in calls] == ["ADD", "STATUS", "STATUS", "CHECK", "CHECK", "GC", "GC", "DEL", "DEL"]
+    for verb, given, seen in calls:
+        assert given == {"CHECK": with_result, "GC": valid, "DEL": with_result}.get(verb, conf)
+        assert (seen["CNI_PATH"], seen["CNI_ARGS"]) == (env["CNI_PATH"], env["CNI_ARGS"])
+        if verb in ("ADD", "CHECK", "DEL"):
+            shown = [seen[f"CNI_{key}"] for key in ("CONTAINERID", "NETNS", "IFNAME")]
+            assert shown == [pod.container, pod.ns.path, "eth0"]
+    assert "eth0" not in links(pod.ns)
+    assert runtime.host.run("nft", "list", "ruleset") == ""
+
+
+def test_host_local_is_checked_and_its_reservation_missed(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
+    ipam = {"type": "host-local", "dataDir": str(tmp_path / "hl"), "subnet": "10.9.0.0/24"}
+    pod.add(runtime.conf("1.0.0", isGateway=True, ipam=ipam))
+    (tmp_path / "hl" / "net" / pod.ip).unlink()
+    with pytest.raises(CniFailure, match="IPAM plugin host-local: host-local: Failed to find address"):
+        pod.check()
+    pod.delete()
+
+
+def test_a_delegate_that_hangs_is_ended(
+    runtime: Runtime, pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it has started, that holds its output open, is not waited for."""
+    plugin = tmp_path / "hanging"
+    plugin.write_text(
+        "#!/bin/sh\ncat > /dev/null; sleep 30 &\necho $! >> PIDS; [ $CNI_COMMAND = DEL ] || wait\n".replace(
+            "PIDS", str(tmp_path / "pids")
+        )
+    )
+    plugin.chmod(0o755)
+    monkeypatch.setattr(delegate, "_SECONDS", 0.5)
+    config = runtime.conf(ipam={"type": "hanging"})
+    request = spec.Request("ADD", "c", pod.ns.path, "eth0", {}, str(tmp_path), config, json.dumps(config).encode())
+    begun = time.monotonic()
+    for verb in ("ADD", "DEL"):
+        with pytest.raises(spec.CniError, match=f"IPAM plugin hanging: no answer to {verb} in 0.5 s") as late:
+            delegate.run(verb, request, "hanging", {"PATH": os.environ["PATH"]})
+        assert late.value.code == 11
+    assert time.monotonic() - begun < 20
+    for pid in (tmp_path / "pids").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)

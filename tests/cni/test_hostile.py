@@ -237,6 +237,32 @@ def test_two_adds_at_once_make_one_attachment(runtime: Runtime, pod: Pod) -> Non
     pod.check(conf)
 
 
+@pytest.mark.parametrize("records", ["kept", "lost"])
+def test_a_network_does_not_touch_anothers_attachment_of_the_same_names(
+    runtime: Runtime, netns: Names, records: str
+) -> None:
+    """An ADD that is refused because the interface is there is followed by DEL: the interface stays, it is not its."""
+    pod, elsewhere = Pod(runtime, netns("pod")), netns("elsewhere")
+    pod.add(runtime.conf(isGateway=True, ipMasq=True, ipam=SMALL, egressRate=8_000_000))
+    other = runtime.conf(name="other", bridge="cni1", ipMasq=True, ipam={"type": "pynet-ipam", "subnet": "10.8.0.0/30"})
+    if records == "lost":
+        for path in runtime.state.glob("attachments.db*"):
+            path.unlink()
+    refusals = {pod.ns.path: "eth0 already exists", elsewhere.path: "is attached to network net"}
+    for path, words in list(refusals.items())[: 2 if records == "kept" else 1]:
+        with pytest.raises(CniFailure, match=words):
+            runtime.call("ADD", other, pod.container, path)
+        runtime.call("DEL", other, pod.container, path)
+        runtime.call("GC", other | {"cni.dev/valid-attachments": []})
+        pod.check()
+        assert "eth0" not in links(elsewhere)
+    runtime.call("ADD", other, pod.container, pod.ns.path, ifname="eth1")
+    pod.delete()
+    assert "eth1" in links(pod.ns)
+    runtime.call("DEL", other, pod.container, pod.ns.path, ifname="eth1")
+    assert runtime.host.run("nft", "list", "ruleset") == ""
+
+
 # --- odd names and texts
 
 
