@@ -18,11 +18,12 @@ class Fault:
     """One fault.
 
     Which requests: `plural` and `verb` ("list", "watch", "get", "create" …; "": any), `times` (None: always).
-    What happens: `error` is the answer; `delay` seconds pass before it; `hang`: no answer, until the server lets go.
+    What happens: `error` is the answer; `delay` seconds pass before it; `hang`: no answer, until the server lets go;
+    `hangup`: the connection is closed after an answer that did not say so; `gzip`: it is compressed, as by a proxy.
     On a watch, after `after` events of it: `cut` ends the connection in mid-line, `close` ends it well, `stall` says
-    nothing more and keeps it open, `gone` sends an ERROR event 410, `garbage` sends a line that is no JSON. All
-    along a watch: `duplicate` sends each event twice, `swap` sends events in pairs, the later one first,
-    `quiet` sends no bookmarks, `drip` sends that many bytes at a time, `pause` seconds between.
+    nothing more and keeps it open, `gone` sends an ERROR event 410, `tells` one with that error, `garbage` sends a
+    line that is no JSON. All along a watch: `duplicate` sends each event twice, `swap` sends events in pairs, the later
+    one first, `quiet` sends no bookmarks, `drip` sends that many bytes at a time, `pause` seconds between.
     """
 
     plural: str = ""
@@ -31,11 +32,14 @@ class Fault:
     error: ApiError | None = None
     delay: float = 0.0
     hang: bool = False
+    hangup: bool = False
+    gzip: bool = False
     after: int = 0
     cut: bool = False
     close: bool = False
     stall: bool = False
     gone: bool = False
+    tells: ApiError | None = None
     garbage: bool = False
     duplicate: bool = False
     swap: bool = False
@@ -47,7 +51,7 @@ class Fault:
     @property
     def ends_watch(self) -> bool:
         """Whether a watch ends by it."""
-        return self.cut or self.close or self.stall or self.gone or self.garbage
+        return bool(self.cut or self.close or self.stall or self.gone or self.tells or self.garbage)
 
 
 class Script:
@@ -112,9 +116,9 @@ def troubled(lines: Iterator[list[bytes]], fault: Fault) -> Iterator[list[bytes]
 
 
 def _ending(sent: list[bytes], left: list[bytes], fault: Fault) -> End:
-    if fault.gone:
-        gone = errors.expired("too old resource version: 1 (2)").status()
-        return End([*sent, b'{"type":"ERROR","object":' + msgspec.json.encode(gone) + b"}\n"])
+    if fault.gone or fault.tells:
+        told = fault.tells or errors.expired("too old resource version: 1 (2)")
+        return End([*sent, b'{"type":"ERROR","object":' + msgspec.json.encode(told.status()) + b"}\n"])
     if fault.garbage:
         return End([*sent, b'{"type":"ADDED","object":{"metadata"}\n'])
     if fault.cut:

@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -79,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.raw = self.rfile.read(length) if length else b""
         try:
+            self.packer: Any = None
             self.user = self._authenticate()
             self._route(split.path)
         except ApiError as error:
@@ -129,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         authorization.forbid(self.owner.store, self.user, verb, resource.group, resource.plural, namespace, part)
         fault = self.owner.faults.next(resource.plural, verb)
         if fault is not None:
+            self.packer = zlib.compressobj(wbits=31) if fault.gzip else None
             if fault.delay:
                 time.sleep(fault.delay)
             if fault.hang:
@@ -142,6 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             self._list(resource, namespace)
         else:
             self._one(resource, namespace, name, part, verb)
+        self.close_connection = self.close_connection or bool(fault and fault.hangup)
 
     def _describe(self, path: str) -> None:
         accept = self.headers.get("Accept") or ""
@@ -313,6 +317,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache, private")
         self.send_header("Content-Type", _JSON)
         self.send_header("Transfer-Encoding", "chunked")
+        if self.packer:
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         self.wfile.flush()
         stream = watching.events(
@@ -349,6 +355,8 @@ class Handler(BaseHTTPRequestHandler):
         return lines
 
     def _chunks(self, lines: list[bytes], fault: Fault | None) -> None:
+        if self.packer:
+            lines = [self.packer.compress(b"".join(lines)) + self.packer.flush(zlib.Z_SYNC_FLUSH)]
         framed = b"".join(b"%x\r\n%b\r\n" % (len(line), line) for line in lines)
         if fault is None or not (fault.drip or fault.pause):
             self.wfile.write(framed)
@@ -378,6 +386,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send_bytes(code, msgspec.json.encode(body) + b"\n", headers or {})
 
     def _send_bytes(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.packer:
+            body, headers = self.packer.compress(body) + self.packer.flush(), {**headers, "Content-Encoding": "gzip"}
         self.send_response(code)
         for name, value in {"Cache-Control": "no-cache, private", "Content-Type": _JSON, **headers}.items():
             self.send_header(name, value)
