@@ -254,6 +254,7 @@ class _Adding:
                         f"nftables: {held.table} {held.name}: {held.key} is already claimed by {held.owner}",
                     ) from None
                 raise
+        step("add-elements")
         if conf.ip_masq and conf.ip_masq_backend == "iptables":
             from cni import iptmasq  # only who asks for it waits for its imports
 

@@ -9,6 +9,7 @@ import ipaddress
 from _blake2 import blake2b  # hashlib would load all of OpenSSL
 from typing import NamedTuple
 
+from cni import spec
 from cni.netconf import PROTOCOLS, PortMapping
 from cni.ruleset import HERE
 
@@ -35,7 +36,7 @@ class Forward(NamedTuple):
 def forwards(
     mappings: tuple[PortMapping, ...], addresses: list[tuple[str, str]], masquerade: str = OWN
 ) -> list[Forward]:
-    """Return what to forward to the pod's first address of each family, given as (address, subnet)."""
+    """Return what to forward to the pod's first address (with its subnet) of each family. Raise `CniError`."""
     firsts: dict[int, tuple[str, str]] = {}
     for address, subnet in addresses:
         firsts.setdefault(ipaddress.ip_address(address).version, (address, subnet))
@@ -47,6 +48,15 @@ def forwards(
                 host = mapping.host_ip or ANY[family]
                 to = (address, subnet, mapping.container_port)
                 found.append(Forward(family, mapping.protocol, host, mapping.host_port, *to, masquerade))
+    targets: dict[tuple[int, str, str, int], int] = {}
+    for one in found:
+        first = targets.setdefault((one.family, one.protocol, one.host, one.host_port), one.pod_port)
+        if first != one.pod_port:
+            raise spec.CniError(
+                spec.BAD_CONFIG,
+                f"field runtimeConfig.portMappings: {one.protocol} port {one.host_port} of {one.host} is mapped to two "
+                f"container ports, {first} and {one.pod_port}",
+            )
     return list(dict.fromkeys(found))
 
 

@@ -100,10 +100,12 @@ def clear(
     if links and (record is None or record.ifb):
         ifb = naming.ifb_link(who.container, who.ifname)
         failures.attempt("intermediate device", lambda: _delete_link(host, ifb, -1, "", context))
+    step("del-ifb")
     if record is None:
         failures.attempt("nftables", lambda: _remove_owned({who.tag}, book))
     else:
         failures.attempt("nftables", lambda: ruleset.remove(list(record.elements), who.tag))
+    step("del-elements")
     if record is not None and record.iptables:
         from cni import iptmasq  # only who asked for it waits for its imports
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cni import netconf
+from cni import hostport, netconf
 from cni.netconf import Bandwidth, PortMapping
 from cni.spec import CniError
 
@@ -138,6 +138,15 @@ def test_port_mappings() -> None:
     raw = [{"hostPort": 1, "containerPort": 2, "protocol": "UDP", "hostIP": "::1"}, {"hostPort": 1, "containerPort": 2}]
     found = parse(runtimeConfig={"portMappings": [*raw, raw[1]]}).port_mappings
     assert found == (PortMapping(1, 2, "udp", "::1"), PortMapping(1, 2, "tcp"))
+
+
+def test_a_host_port_goes_to_one_container_port() -> None:
+    pod = [("10.9.0.2", "10.9.0.0/24"), ("fd00:9::2", "fd00:9::/64")]
+    to_80, to_81 = PortMapping(80, 80, "tcp"), PortMapping(80, 81, "tcp", "::")
+    with pytest.raises(CniError, match="portMappings: tcp port 80 of :: is mapped to two container ports, 80 and 81"):
+        hostport.forwards((to_80, to_81), pod)
+    assert len(hostport.forwards((to_80, to_80._replace(host_ip="0.0.0.0")), pod)) == 2
+    assert len(hostport.forwards((to_80, to_81._replace(host_ip="127.0.0.1")), pod)) == 3
 
 
 def test_the_dns_capability_has_names_of_its_own() -> None:
