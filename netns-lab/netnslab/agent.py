@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Peer = Any
 
 ANY = ("::", "0.0.0.0")
+STRAGGLERS = 1.0  # seconds: a datagram later than that counts as lost
 OUTCOMES = {
     errno.ECONNREFUSED: "refused",
     errno.ENETUNREACH: "unreachable",
@@ -204,14 +205,16 @@ def http(request: Message) -> Message:
 
 
 class Flow(threading.Thread):
-    """A connection kept in use: a numbered message every `interval` seconds, each waited for; counts what got lost."""
+    """A connection kept in use: a numbered message every `interval` seconds; counts what got lost on the way.
+
+    On a connection each message waits for the answer to the one before; datagrams wait for none.
+    """
 
     def __init__(self, request: Message) -> None:
         super().__init__(daemon=True)
         self.client = open_to(request["proto"], request["address"], request["port"], request.get("timeout", 2.0))
         self.interval = request.get("interval", 0.02)
         self.reliable = request["proto"] == "tcp"
-        self.client.settimeout(10.0 if self.reliable else 1.0)  # a datagram later than that counts as lost
         self.done = threading.Event()
         self.sent = self.lost = 0
         self.longest = 0.0
@@ -220,7 +223,13 @@ class Flow(threading.Thread):
 
     def run(self) -> None:
         """Exchange messages until ended."""
-        last = time.monotonic()
+        if self.reliable:
+            self._exchange()
+        else:
+            self._send_on()
+
+    def _exchange(self) -> None:
+        self.client.settimeout(10.0)
         while not self.done.wait(self.interval):
             self.sent += 1
             message = b"seq %d\n" % self.sent
@@ -234,14 +243,39 @@ class Flow(threading.Thread):
                 self.lost += 1
                 continue
             except OSError as error:
-                if not self.reliable:  # a datagram refused is a datagram lost; the client goes on
-                    self.lost += 1
-                    continue
                 self.error = str(error)
                 return
-            now = time.monotonic()
-            self.longest = max(self.longest, now - last)
-            self.answered = last = now
+            self._answer()
+
+    def _send_on(self) -> None:
+        open_ones: set[bytes] = set()
+        while not self.done.is_set():
+            self.sent += 1
+            message = b"seq %d\n" % self.sent
+            open_ones.add(message)
+            with contextlib.suppress(OSError):  # a datagram refused is a datagram lost; the client goes on
+                self.client.send(message)
+            self._receive(open_ones, self.interval)
+        self._receive(open_ones, STRAGGLERS)
+        self.lost = len(open_ones)
+
+    def _receive(self, open_ones: set[bytes], seconds: float) -> None:
+        """Take answers for so long; once the flow is to end, no longer than something is still open."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and (open_ones or not self.done.is_set()):
+            self.client.settimeout(left)
+            try:
+                answer = self.client.recv(4096)
+            except OSError:  # none came in time, or one was refused
+                continue
+            if answer in open_ones:
+                open_ones.remove(answer)
+                self._answer()
+
+    def _answer(self) -> None:
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.answered)
+        self.answered = now
 
 
 flows: dict[str, Flow] = {}
