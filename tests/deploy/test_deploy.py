@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from apiserver import Server
-from pynet.objects import Ref
+from pynet.objects import KINDS, Ref
 from pynet.sources.apievents import ApiEvents
 from pynet.sources.credentials import Credentials
 from pynet.sources.flags import source_from
@@ -62,9 +62,7 @@ def allowed(name: str) -> set[tuple[str, str, str]]:
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds"), [("pyproxy", {"Service", "EndpointSlice", "Endpoints", "Node"}), ("pynetd", {"Node"})]
-)
+@pytest.mark.parametrize(("name", "kinds"), [("pyproxy", set(KINDS)), ("pynetd", {"Node"})])
 def test_a_role_allows_exactly_the_requests_that_are_made(name: str, kinds: set[str]) -> None:
     seen: set[tuple[str, str, str]] = set()
     for streaming in (True, False):
@@ -246,6 +244,21 @@ def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
     words = ["systemd-analyze", "security", "--offline=true", "--threshold=50", unit]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["pyproxy", "pynetd"])
+def test_a_unit_starts_on_a_fresh_host_and_its_program_takes_its_words(name: str, tmp_path: Path) -> None:
+    """A path that is to be writable must be there (226/NAMESPACE), unless it may be missing or systemd makes it."""
+    from cni.node import main
+    from proxy import flags
+
+    lines = (DEPLOY / f"systemd/{name}.service").read_text().splitlines()
+    (writable,) = [line.partition("=")[2].split() for line in lines if line.startswith("ReadWritePaths=")]
+    assert all(path.startswith("-") for path in writable)
+    (start,) = [line.partition("=")[2].split() for line in lines if line.startswith("ExecStart=")]
+    words = [word.replace("/etc/pynet/pyproxy.yaml", str(DEPLOY / "config/pyproxy.yaml")) for word in start[1:-1]]
+    taken = flags.parse(words)[0] if name == "pyproxy" else main._parser().parse_args(words)
+    assert taken.manifests == Path("/etc/pynet/manifests")
 
 
 @pytest.fixture(scope="module")
