@@ -25,7 +25,10 @@ def main() -> int:
     command = environment.get(b"CNI_COMMAND")
     if not command or command == b"VERSION":
         return in_process(None)
-    stdin = read_all(0)
+    try:
+        stdin = read_all(0)
+    except OSError:
+        return in_process(None)  # which says what is wrong with it
     answer = from_agent(environment, stdin, state_dir(stdin))
     return in_process(stdin, again=answer is None and command == b"ADD", hangs=answer is HANGS)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from cni import spec
+
 
 def main() -> int:
     """Serve one call of `pynet-cni`."""
@@ -30,7 +32,10 @@ def run(*, only_ipam: bool, stdin: bytes | None = None, again: bool = False) -> 
         print(f"{name}: a CNI plugin; it is called by a container runtime, with CNI_COMMAND set", file=sys.stderr)
         return 0
     if stdin is None:
-        stdin = b"" if environment["CNI_COMMAND"] == "VERSION" else sys.stdin.buffer.read()
+        try:
+            stdin = b"" if environment["CNI_COMMAND"] == "VERSION" else _read_stdin()
+        except OSError as error:
+            return refuse(f"the configuration cannot be read from stdin: {error.strerror}", spec.IO_FAILURE)
     context = Context()
     if again:
         verbs.serve({**environment, "CNI_COMMAND": "DEL"}, stdin, context, only_ipam=only_ipam)
@@ -40,9 +45,14 @@ def run(*, only_ipam: bool, stdin: bytes | None = None, again: bool = False) -> 
     return answer.code
 
 
-def refuse(message: str) -> int:
-    """Answer a call with an error for which trying later helps; return the exit code."""
-    from cni import spec
-
-    os.write(1, spec.CniError(spec.TRY_LATER, message).render(spec.NEWEST).encode())
+def refuse(message: str, code: int = spec.TRY_LATER) -> int:
+    """Answer a call with an error, as a rule one for which trying later helps; return the exit code."""
+    os.write(1, spec.CniError(code, message).render(spec.NEWEST).encode())
     return 1
+
+
+def _read_stdin() -> bytes:
+    chunks = []
+    while chunk := os.read(0, 1 << 16):
+        chunks.append(chunk)
+    return b"".join(chunks)

@@ -74,6 +74,6 @@ def _unlike(host: netlink.Socket, link: rtnl.Link, want: tc.Bucket) -> str:
         return f"shaping: {link.name} has no bucket of {want.rate * 8} bit/s"
     if abs(found[0].rate - want.rate) > max(1, want.rate // 1000):
         return f"shaping: rate of {link.name} is {found[0].rate * 8} bit/s, expected {want.rate * 8}"
-    if want.burst <= tc.deepest(want.rate) and abs(found[0].burst - want.burst) > max(64, want.burst // 100):
+    if want.burst <= tc.deepest(want.rate) and abs(found[0].burst - want.burst) > max(64, 2 * tc.grain(want.rate)):
         return f"shaping: burst of {link.name} is {found[0].burst * 8} bits, expected {want.burst * 8}"
     return ""

@@ -35,6 +35,11 @@ def bucket(rate: int, burst: int) -> Bucket:
     return Bucket(rate_bytes, burst_bytes, min(rate_bytes * LATENCY_MS // 1000 + burst_bytes, (1 << 32) - 1))
 
 
+def grain(rate: int) -> int:
+    """Return the bytes in one tick, to which the kernel rounds a bucket's depth, for a rate in bytes a second."""
+    return _nanoseconds_per_tick() * rate // 1_000_000_000
+
+
 def deepest(rate: int) -> int:
     """Return the deepest bucket, in bytes, whose depth the kernel can tell for a rate in bytes a second."""
     return 0xFFFFFFFF * _nanoseconds_per_tick() * rate // 1_000_000_000

@@ -123,6 +123,17 @@ def test_version_reads_no_stdin() -> None:
     assert answer == {"cniVersion": "1.1.0", "supportedVersions": list(spec.VERSIONS)}
 
 
+@pytest.mark.parametrize("name", ["pynet-cni", "pynet-ipam"])
+@pytest.mark.parametrize("way", ["<&-", "0>/dev/null"])
+def test_stdin_that_cannot_be_read(name: str, way: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"'{programs() / name}' {way}"], capture_output=True, env=WHOLE, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["code"] == 5
+    assert b"Traceback" not in done.stderr
+
+
 def test_what_is_wrong_with_us_is_an_answer_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
