@@ -71,19 +71,26 @@ class _Adding:
         self.record = journal.Record(
             *self.key, request.network, netns=request.netns, device=device, inode=inode, bridge=conf.bridge
         )
+        self.written = self.record
 
     def run(self) -> results.Result:
         """Do all steps; each registers its undoing before it is done."""
         conf = self.conf
         step("add-start")
+        delegated = conf.ipam_type not in ("", ipam.TYPE)
+        if delegated:  # dhcp asks through the pod's interface
+            self.write_down([], [])
+            bridge, host_link = self.attach([])
         allotted = self.allot()
         ips, routes = gateways.plan(conf, allotted)
         addresses = [ipaddress.ip_interface(ip.address) for ip in ips]
         networks = [(str(address.ip), str(address.network)) for address in addresses]
         forwards = hostport.forwards(conf.port_mappings, networks, conf.port_masquerade)
         first = self.write_down(networks, forwards)
-        bridge = self.bridge()
-        host_link = self.veth(bridge, networks)
+        if delegated:
+            self.mark(host_link, networks)
+        else:
+            bridge, host_link = self.attach(networks)
         gateway_link = self.gateway(bridge, ips)
         pod_link = self.pod_side(addresses, ips, routes)
         self.rules(networks, forwards, host_link, first)
@@ -92,8 +99,7 @@ class _Adding:
         if not conf.disable_container_interface:
             host_link = wiring.wait_until_forwarding(self.host, host_link.ifindex)
         step("add-flush")
-        self.record = self.record._replace(ready=True)
-        self.book.write(self.record)
+        self.write_end()
         self.confirm_reservation()
         step("add-end")
         links = [gateway_link] if gateway_link is not None and gateway_link.ifindex != bridge.ifindex else []
@@ -141,7 +147,7 @@ class _Adding:
         self.record = self.record._replace(
             addresses=tuple(address for address, _ in networks),
             elements=tuple(dict.fromkeys(elements)),
-            made_bridge=not rtnl.index_of(conf.bridge),
+            made_bridge=self.record.made_bridge or not rtnl.index_of(conf.bridge),
             iptables=conf.ip_masq and conf.ip_masq_backend == "iptables",
             ifb=bool(conf.bandwidth.egress_rate),
             udp_ports=tuple((f.host_port, f.family) for f in forwards if f.protocol == "udp"),
@@ -150,9 +156,16 @@ class _Adding:
             self.record = self.record._replace(elements=(*self.record.elements, *self.spoof_keys("00:00:00:00:00:00")))
         claims = tuple(journal.Claim(f.protocol, f.host_port, f.host) for f in forwards)
         first = self.claim(claims)
+        self.written = self.record
         self.undoing("record", lambda: self.book.forget(*self.key, ruleset.remove_tables))
         step("add-journal")
         return first
+
+    def write_end(self) -> None:
+        """Write what the record did not know at first, most often nothing: the bridge stays from here on."""
+        self.record = self.record._replace(made_bridge=False)
+        if self.record != self.written:
+            self.book.write(self.record)
 
     def claim(self, claims: tuple[journal.Claim, ...]) -> bool:
         """Write record and claims; what a pod that is no more holds of them is freed first. Raise `CniError`."""
@@ -183,13 +196,27 @@ class _Adding:
         step("add-bridge")
         return bridge
 
+    def attach(self, networks: list[tuple[str, str]]) -> tuple[rtnl.Link, rtnl.Link]:
+        """Make the bridge, if need be, and the veth; return the bridge and the veth's host end."""
+        bridge = self.bridge()
+        return bridge, self.veth(bridge, networks)
+
+    def alias(self, networks: list[tuple[str, str]]) -> str:
+        """Return what the host's end of the veth says of the attachment."""
+        addresses = tuple(address for address, _ in networks)
+        return naming.alias(naming.Mark(*self.key, self.request.network, addresses))
+
+    def mark(self, host_link: rtnl.Link, networks: list[tuple[str, str]]) -> None:
+        """Tell the addresses by the alias of a veth that was made before they were known."""
+        changed = rtnl.set_link(host_link.ifindex, alias=self.alias(networks))
+        wiring.request(self.host, changed, f"alias of {host_link.name}")
+
     def veth(self, bridge: rtnl.Link, networks: list[tuple[str, str]]) -> rtnl.Link:
         """Make the veth and set up its port; return the host's end."""
         request = self.request
-        mark = naming.Mark(*self.key, request.network, tuple(address for address, _ in networks))
         name = naming.host_link(*self.key)
         self.undoing("veth", lambda: removal.delete_named(self.host, name, self.context))
-        link = wiring.connect(self.host, self.pod_netns, self.conf, bridge, name, request.ifname, naming.alias(mark))
+        link = wiring.connect(self.host, self.pod_netns, self.conf, bridge, name, request.ifname, self.alias(networks))
         step("add-veth")
         if vlan.wanted(self.conf):
             vlan.set_port(self.host, link, self.conf)

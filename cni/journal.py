@@ -34,9 +34,9 @@ class Record(NamedTuple):
     netns: str = ""
     device: int = 0
     inode: int = 0
-    ready: bool = False
     bridge: str = ""
     made_bridge: bool = False
+    """Whether its ADD made the bridge, and has not come to its end."""
     addresses: tuple[str, ...] = ()
     elements: tuple[str, ...] = ()
     """nftables elements, as they are named for removal."""

@@ -42,7 +42,9 @@ def status(request: Request, environment: Mapping[str, str], context: Context, p
 def degradation(conf: NetConf, request: Request, context: Context) -> tuple[int, str, str] | None:
     """Return what keeps running pods of the network from their traffic, as code, message and details."""
     records = context.journal(conf.state_dir).all(request.network)
-    alive = [one for one in records if one.ready and netns.path_identity(one.netns) == (one.device, one.inode)]
+    alive = [
+        one for one in records if not one.made_bridge and netns.path_identity(one.netns) == (one.device, one.inode)
+    ]
     if not alive:
         return None
     pods = f"{len(alive)} pods of network {request.network} are attached to it"

@@ -119,7 +119,7 @@ def finish(record: journal.Record | None, book: journal.Journal, host: netlink.S
     """Remove the bridge of an ADD that did not get to its end, then the record: it is the last to go."""
     if record is None:
         return
-    if record.made_bridge and not record.ready:
+    if record.made_bridge:
         failures.attempt("bridge", lambda: remove_bridge(host, record.bridge))
     step("del-bridge")
     if not failures.found:

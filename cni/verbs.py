@@ -25,34 +25,32 @@ def serve(
     environment: Mapping[str, str], stdin: bytes, context: Context, *, only_ipam: bool = False, pod_netns: int = -1
 ) -> Answer:
     """Serve one call. Whatever happens, the answer is the specification's: a result, nothing, or an error object."""
-    version = spec.NEWEST
     try:
         if spec.command_of(environment) == "VERSION":
             return Answer(0, spec.version_answer())
-        version = _version_for_errors(stdin)
         request = spec.request(environment, stdin)
         if only_ipam:
             return Answer(0, _serve_ipam(request, context))
         return Answer(0, _VERBS[request.command](request, environment, context, pod_netns))
     except CniError as error:
-        return Answer(1, error.render(version))
+        return Answer(1, error.render(_version_for_errors(stdin)))
     except netlink.NetlinkError as error:
-        return _failed(spec.FAILED, str(error.strerror), environment, version)
+        return _failed(spec.FAILED, str(error.strerror), environment, stdin)
     except nftables.NftError as error:
-        return _failed(spec.FAILED, f"nftables: {ctl.said(error)}", environment, version)
+        return _failed(spec.FAILED, f"nftables: {ctl.said(error)}", environment, stdin)
     except (Damaged, OSError) as error:
-        return _failed(spec.IO_FAILURE, str(error), environment, version)
+        return _failed(spec.IO_FAILURE, str(error), environment, stdin)
     except Exception as error:  # the runtime must get an answer it can read, whatever is wrong with us
         import traceback
 
         traceback.print_exc(file=sys.stderr)
-        return _failed(spec.FAILED, f"{type(error).__name__}: {ctl.said(error)}", environment, version)
+        return _failed(spec.FAILED, f"{type(error).__name__}: {ctl.said(error)}", environment, stdin)
 
 
-def _failed(code: int, message: str, environment: Mapping[str, str], version: str) -> Answer:
+def _failed(code: int, message: str, environment: Mapping[str, str], stdin: bytes) -> Answer:
     keys = ("CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME")
     details = " ".join(f"{key}={environment[key]}" for key in keys if environment.get(key))
-    return Answer(1, CniError(code, message, details).render(version))
+    return Answer(1, CniError(code, message, details).render(_version_for_errors(stdin)))
 
 
 def _version_for_errors(stdin: bytes) -> str:

@@ -194,15 +194,12 @@ def configure(
     ipv6 = [address for address in addresses if address.version == 6]
     if ipv6:
         _require_ipv6(ifname)
-    if has_ipv6(ifname):
         if not dad:
             sysctl.write(f"net/ipv6/conf/{ifname}/accept_dad", 0)
-        if ipv6:
-            sysctl.write(f"net/ipv6/conf/{ifname}/disable_ipv6", 0)
-            sysctl.write(f"net/ipv6/conf/{ifname}/keep_addr_on_down", 1)
-    sysctl.write(f"net/ipv4/conf/{ifname}/arp_notify", 1)
+        sysctl.write(f"net/ipv6/conf/{ifname}/disable_ipv6", 0)
+        sysctl.write(f"net/ipv6/conf/{ifname}/keep_addr_on_down", 1)
     flags = 0 if dad else rtnl.F_NODAD
-    messages, names = [], []
+    messages, names = [rtnl.set_link(link.ifindex, arp_notify=True)], ["arp_notify"]
     for address in addresses:  # IPv4 before the link is up: then the kernel announces it (arp_notify)
         if address.version == 4:
             messages.append(rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen))

@@ -28,6 +28,7 @@ SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 NUD_REACHABLE, NUD_PERMANENT = 0x02, 0x80
 F_NODAD, F_DADFAILED, F_TENTATIVE = 0x02, 0x08, 0x40
 _EXT_BRVLAN, _EXT_SKIP_STATS = 2, 8
+_ARP_NOTIFY = 22  # IPV4_DEVCONF_ARP_NOTIFY
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
@@ -236,7 +237,10 @@ def add_link(
 
 
 def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
-    """Return the request that changes a link: up, promisc, mtu, mac, master, group, alias, name, hairpin, isolated."""
+    """Return the request that changes a link: up, promisc, mtu, mac, master, group, alias, name, hairpin, isolated.
+
+    `arp_notify`: whether it announces its IPv4 addresses when it goes up.
+    """
     flags = mask = 0
     for key, bit in (("up", IFF_UP), ("promisc", IFF_PROMISC)):
         if key in changes:
@@ -255,6 +259,8 @@ def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
     port = [u8(kind, int(changes[key])) for key, kind in (("hairpin", 4), ("isolated", 33)) if key in changes]
     if port:
         body += nest(18, text(4, "bridge"), nest(5, *port))
+    if "arp_notify" in changes:
+        body += nest(26, nest(_socket.AF_INET, nest(1, u32(_ARP_NOTIFY, int(changes["arp_notify"])))))
     return NEWLINK, 0, body
 
 
