@@ -447,3 +447,126 @@ def test_the_init_step_has_the_capabilities_that_it_needs(running: Deployed, own
         assert (folder / "pynet-runtime/VERSION").exists()
     finally:
         os.chown(folder, 0, 0)
+
+
+NAME = "docker.io/library/pynet:0.1.0"
+# What kubeadm writes for kube-proxy (1.36), the fields that are empty there as well.
+KUBEADM = """
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection: {acceptContentTypes: "", burst: 0, contentType: "", kubeconfig: /var/lib/kube-proxy/kubeconfig.conf, qps: 0}
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack: {maxPerCore: null, min: null, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null,
+  udpStreamTimeout: 0s, udpTimeout: 0s}
+detectLocal: {bridgeInterface: "", interfaceNamePrefix: ""}
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables: {localhostNodePorts: null, masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
+ipvs: {excludeCIDRs: null, minSyncPeriod: 0s, scheduler: "", strictARP: false, syncPeriod: 0s, tcpFinTimeout: 0s,
+  tcpTimeout: 0s, udpTimeout: 0s}
+kind: KubeProxyConfiguration
+logging: {flushFrequency: 0, options: {json: {infoBufferSize: "0"}, text: {infoBufferSize: "0"}}, verbosity: 0}
+metricsBindAddress: ""
+mode: ""
+nftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", rootHnsEndpointName: "", sourceVip: ""}
+"""  # noqa: E501
+# What kube-proxy's iptables mode leaves behind for the Service, in its own chains.
+KUBE_RULES = """*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-SVC-WEB - [0:0]
+:KUBE-EXT-WEB - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A KUBE-SERVICES -d 10.96.0.80/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-WEB
+-A KUBE-SERVICES -d 10.96.0.80/32 -p udp -m udp --dport 80 -j KUBE-SVC-WEB
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-EXT-WEB
+-A KUBE-NODEPORTS -p udp -m udp --dport 30080 -j KUBE-EXT-WEB
+-A KUBE-EXT-WEB -j KUBE-MARK-MASQ
+-A KUBE-EXT-WEB -j KUBE-SVC-WEB
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE
+-A KUBE-SVC-WEB ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-SVC-WEB -p tcp -j DNAT --to-destination WEB:8080
+-A KUBE-SVC-WEB -p udp -j DNAT --to-destination WEB:8080
+COMMIT
+"""
+
+
+def test_services_move_from_kube_proxy_and_back(running: Deployed) -> None:
+    """docs/migrate.md's steps on a node that has kube-proxy's rules, its ConfigMap being ours; nothing is lost."""
+    kubelet = running.kubelets["node1"]
+    inside = ("ip", "netns", "exec", running.lab.node("node1").netns)
+    kube = re.findall(r":(KUBE-\S+)", KUBE_RULES)
+
+    def rules(add: bool) -> None:
+        if add:
+            machine.run(
+                [*inside, "iptables-restore", "-n"], input=KUBE_RULES.replace("WEB:", f"{running.addresses['web-1']}:")
+            )
+            return
+        gone = [line.replace("-A ", "-D ", 1) for line in KUBE_RULES.splitlines()
+                if re.match("-A (PREROUTING|OUTPUT|POSTROUTING)", line)]  # fmt: skip
+        gone += [f"-F {chain}" for chain in kube] + [f"-X {chain}" for chain in kube]
+        machine.run([*inside, "iptables-restore", "-n"], input="\n".join(["*nat", *gone, "COMMIT", ""]))
+
+    def ours() -> str:
+        return machine.run([*inside, "sh", "-c", "nft list tables; iptables-save"]).stdout
+
+    kubelet.end(running.pods["pyproxy", "node1"])
+    assert kubelet.debug(NAME, "pyproxy", "--cleanup", "--mode=nftables")[0] == 0
+    assert "PYNET" not in ours()
+    assert "pynet-proxy" not in ours()
+    rules(add=True)
+    settings = running.place / "deploy/config/pyproxy.yaml"
+    before = settings.read_text()
+    settings.write_text(KUBEADM)
+    running.kubectl("apply", "-k", str(running.place / "deploy"))
+    try:
+        with under_load(running, "from kube-proxy and back"):
+            pod = running.run("pyproxy", "node1")
+            rules(add=False)
+            kubelet.end(pod)
+            rules(add=True)
+            assert kubelet.debug(NAME, "pyproxy", "--cleanup", "--mode=nftables")[0] == 0
+            assert "KUBE-SVC-WEB" in ours()
+            assert "PYNET" not in ours()
+            assert "pynet-proxy" not in ours()
+            running.run("pyproxy", "node1")
+            rules(add=False)
+    finally:
+        settings.write_text(before)
+        running.kubectl("apply", "-k", str(running.place / "deploy"))
+        running.replace("pyproxy", "node1")
+
+
+def test_pods_move_back_from_pynet(running: Deployed) -> None:
+    """The node is empty, the agent is gone: of ours nothing stays, and the configuration of before is whole."""
+    kubelet = running.kubelets["node2"]
+    netns = running.lab.node("node2").netns
+    conf = running.place / "node2" / "conf"
+    (conf / "10-flannel.conflist").write_text("{}")
+    kubelet.end(running.pods["pynetd", "node2"])
+    cleanup = ("pynetd", "--cleanup", "--state-dir=/host/run/pynet", "--cni-conf-dir=/host/etc/cni/net.d")
+    code, said = kubelet.debug(NAME, *cleanup)
+    assert code == 0, said
+    assert os.listdir(conf) == ["10-flannel.conflist"]
+    (conf / "10-flannel.conflist").unlink()
+    assert machine.run(["ip", "-n", netns, "route", "show", "proto", "112"]).stdout == ""
+    assert "pynet" not in machine.run(["ip", "netns", "exec", netns, "nft", "list", "tables"]).stdout.replace(
+        "pynet-proxy", ""
+    )
+    running.run("pynetd", "node2")

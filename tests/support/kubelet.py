@@ -134,6 +134,21 @@ class Kubelet:
         self.end(pod)
         return self.run(daemonset, config_maps, token)
 
+    def debug(self, image: str, *command: str) -> tuple[int, str]:
+        """Run a command as `kubectl debug node/… --profile=sysadmin` does; return its exit code and what it wrote."""
+        self._count += 1
+        folder = self.folder / f"debug-{self._count}"
+        folder.mkdir(parents=True)
+        sandbox = self.cri.run(folder.name, hosts_network=True, privileged=True, logs=str(folder))
+        wanted = Container("debug", image, command, mounts=[Mount("/host", "/")], privileged=True, log="debug.log")
+        container = self.cri.start(sandbox, wanted)
+        while (state := self.cri.state(container))[0] != EXITED:
+            time.sleep(0.02)
+        pod = Pod(sandbox, {}, folder)
+        self.cri.stop(sandbox)
+        self.cri.remove(sandbox)
+        return state[1], pod.log
+
     def end(self, pod: Pod) -> None:
         """End a pod, with the grace that it has, and remove it."""
         began = time.monotonic()
