@@ -11,21 +11,36 @@ from typing import TypeVar
 
 import msgspec
 
+from proxy.cidrs import networks_of
 from proxy.endpoints import SliceFacts, facts_of_endpoints, facts_of_slice
 from proxy.services import ServiceFacts, facts_of
-from pynet.objects import BadObject, Endpoints, EndpointSlice, Metadata, Node, Object, Ref, Service, ref_of
+from pynet.objects import (
+    BadObject,
+    Endpoints,
+    EndpointSlice,
+    Metadata,
+    Node,
+    Object,
+    Ref,
+    Service,
+    ServiceCIDR,
+    ref_of,
+)
 from pynet.sources import Batch
 
-KINDS = frozenset({"Service", "EndpointSlice", "Endpoints", "Node"})
+KINDS = frozenset({"Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR"})
 SNAPSHOT = 1
 _Facts = TypeVar("_Facts")
 
 
 class Touched(msgspec.Struct, frozen=True):
-    """What a batch changed: Services by name, the own Node, and the objects that could not be read."""
+    """What a batch changed: Services by name, and the objects that could not be read.
+
+    `around`: what holds for all Services changed: the own Node, or the ServiceCIDRs.
+    """
 
     services: frozenset[str] = frozenset()
-    node: bool = False
+    around: bool = False
     bad: tuple[tuple[BadObject, Object], ...] = ()
     triggers: tuple[tuple[str, str], ...] = ()
 
@@ -39,12 +54,18 @@ class Cluster:
         self._slices: dict[str, dict[str, SliceFacts]] = {}
         self._owner: dict[str, str] = {}
         self._endpoints: dict[str, tuple[SliceFacts, ...]] = {}
+        self._cidrs: dict[str, tuple[str, ...]] = {}
         self.node: Node | None = None
 
     @property
     def services(self) -> dict[str, ServiceFacts]:
         """All Services that are ours to serve, by namespace/name; not to be changed."""
         return self._services
+
+    @property
+    def service_cidrs(self) -> frozenset[str]:
+        """The networks of all ServiceCIDRs, of both families."""
+        return frozenset(network for networks in self._cidrs.values() for network in networks)
 
     def slices(self, service: str) -> Iterable[SliceFacts]:
         """Return what is known of a Service's endpoints: its slices, or its Endpoints where it has no slice."""
@@ -60,7 +81,7 @@ class Cluster:
     def snapshot(self) -> bytes:
         """Return all that is known, for `restore`."""
         pieces = {name: self._slices[owner][name] for name, owner in self._owner.items() if name in self._slices[owner]}
-        return _ENCODER.encode(_State(SNAPSHOT, self._services, pieces, self._endpoints, self.node))
+        return _ENCODER.encode(_State(SNAPSHOT, self._services, pieces, self._endpoints, self.node, self._cidrs))
 
     def restore(self, state: bytes) -> bool:
         """Begin with what an earlier `snapshot` knew; return whether it could be read. Only on an empty cluster."""
@@ -70,7 +91,8 @@ class Cluster:
             return False
         if known.version != SNAPSHOT:
             return False
-        self._services, self._endpoints, self.node = known.services, known.endpoints, known.node
+        self._services, self._endpoints = known.services, known.endpoints
+        self._cidrs, self.node = known.cidrs, known.node
         touched: set[str] = set()
         for name, piece in known.slices.items():
             self._put_slice(name, piece, touched)
@@ -81,7 +103,7 @@ class Cluster:
         touched: set[str] = set()
         bad: list[tuple[BadObject, Object]] = []
         triggers: list[tuple[str, str]] = []
-        node_before = self.node
+        around_before = self.node, self.service_cidrs
         deletes = [*batch.deletes, *self._absent(batch)]
         for ref in deletes:
             self._delete(ref, touched)
@@ -90,7 +112,8 @@ class Cluster:
                 self._upsert(obj, touched, triggers)
             except BadObject as error:
                 bad.append((error, obj))
-        return Touched(frozenset(touched), self.node != node_before, tuple(bad), tuple(triggers))
+        around = (self.node, self.service_cidrs) != around_before
+        return Touched(frozenset(touched), around, tuple(bad), tuple(triggers))
 
     def _absent(self, batch: Batch) -> Iterable[Ref]:
         """Return what a replacing batch no longer names."""
@@ -99,6 +122,7 @@ class Cluster:
             "EndpointSlice": lambda: self._owner,
             "Endpoints": lambda: self._endpoints,
             "Node": lambda: [self.node.metadata.name] if self.node else [],
+            "ServiceCIDR": lambda: self._cidrs,
         }
         present = {ref_of(obj) for obj in batch.upserts} if batch.replaced else set()
         for kind in batch.replaced & known.keys():
@@ -120,6 +144,8 @@ class Cluster:
                 touched.add(name)
         elif ref.kind == "Node" and self.node and ref.name == self.node.metadata.name:
             self.node = None
+        elif ref.kind == "ServiceCIDR":
+            self._cidrs.pop(ref.name, None)
 
     def _upsert(self, obj: Object, touched: set[str], triggers: list[tuple[str, str]]) -> None:
         name = f"{obj.metadata.namespace}/{obj.metadata.name}"
@@ -135,6 +161,8 @@ class Cluster:
                 touched.add(name)
         elif isinstance(obj, Node) and obj.metadata.name == self._node_name:
             self.node = obj
+        elif isinstance(obj, ServiceCIDR):
+            self._cidrs[obj.metadata.name] = networks_of(obj)
 
     def _put_slice(self, name: str, piece: SliceFacts | None, touched: set[str]) -> bool:
         """Keep, replace or forget a slice; it may have moved from one Service to another. Return whether it changed."""
@@ -156,13 +184,14 @@ class Cluster:
 
 
 class _State(msgspec.Struct, frozen=True):
-    """What a snapshot holds. `version` changes with the shape of anything in it."""
+    """What a snapshot holds. `version` changes with the shape of anything in it, but for a field that may be absent."""
 
     version: int
     services: dict[str, ServiceFacts]
     slices: dict[str, SliceFacts]
     endpoints: dict[str, tuple[SliceFacts, ...]]
     node: Node | None
+    cidrs: dict[str, tuple[str, ...]] = {}
 
 
 _ENCODER = msgspec.msgpack.Encoder()

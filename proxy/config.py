@@ -5,8 +5,11 @@ Pure: reading flags and files is for `flags.py` and `configfile.py`; what the se
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
+from proxy.cidrs import of_family
 from proxy.endpoints import Place
 from proxy.plan import Family, LocalDetector, LocalKind, NodeSettings
 from proxy.planning import Surroundings
@@ -149,8 +152,10 @@ def family_of(text: str) -> Family:
     return Family.V6 if ":" in text else Family.V4
 
 
-def surroundings(settings: Settings, family: Family, node: Node | None) -> Surroundings:
-    """Return what holds for this node in one family, as its Node object and the settings say."""
+def surroundings(
+    settings: Settings, family: Family, node: Node | None, service_cidrs: Iterable[str] = ()
+) -> Surroundings:
+    """Return what holds for this node in one family, as its Node object, the ServiceCIDRs and the settings say."""
     labels = (node.metadata.labels if node else None) or {}
     node_ips = _node_ips(settings, family, node)
     return Surroundings(
@@ -161,6 +166,7 @@ def surroundings(settings: Settings, family: Family, node: Node | None) -> Surro
             localhost_node_ports=settings.localhost_node_ports and family is Family.V4,
             masquerade_all=settings.masquerade_all,
             masquerade_mark=1 << settings.masquerade_bit,
+            service_cidrs=of_family(service_cidrs, family),
         ),
         place=Place(settings.node_name, labels.get(ZONE_LABEL, "")),
         node_ips=node_ips,

@@ -136,15 +136,15 @@ class Engine:
     def work(self) -> None:
         """Do all that is due. Raise `ApplyError` where the kernel refused for a reason that is no Service's."""
         now = self._clock()
-        touched, is_node_new = self._take_in()
+        touched, is_around_new = self._take_in()
         if not self._may_write(now):
             return
         is_first = not self._is_loaded
         self._is_loaded = True
-        if touched or is_node_new or is_first:
-            names = self.cluster.services.keys() | touched if is_first or is_node_new else touched
+        if touched or is_around_new or is_first:
+            names = self.cluster.services.keys() | touched if is_first or is_around_new else touched
             self._touched |= names
-            self._plan(names, is_node_new or is_first)
+            self._plan(names, is_around_new or is_first)
         if now >= self._retry_refused_at:
             self._release_refused(now)
         if not self._is_sound or any(self._pending.values()) or self._settings_differ():
@@ -166,11 +166,11 @@ class Engine:
         with self._lock:
             batches, self._queue = self._queue, []
         touched: set[str] = set()
-        is_node_new = False
+        is_around_new = False
         for batch in batches:
             result = self.cluster.apply(batch)
             touched |= result.services
-            is_node_new = is_node_new or result.node
+            is_around_new = is_around_new or result.around
             self._triggers += (stamp for _, stamp in result.triggers)
             self._silent -= batch.replaced
             self._report(result.bad)
@@ -179,12 +179,12 @@ class Engine:
             )
             for family in self._planners:
                 self._metrics.changed(family, services, len(batch.upserts) + len(batch.deletes) - services)
-        if touched or is_node_new:
+        if touched or is_around_new:
             self._generation += 1
             self._health.queued(self._clock())
             for family in self._planners:
                 self._metrics.last_queued.labels(family.value).set(time.time())
-        return touched, is_node_new
+        return touched, is_around_new
 
     def _report(self, bad: Iterable[tuple[BadObject, Object]]) -> None:
         for error, obj in bad:
@@ -206,10 +206,11 @@ class Engine:
                 return True
         return False
 
-    def _plan(self, names: Iterable[str], is_node_new: bool) -> None:
+    def _plan(self, names: Iterable[str], is_around_new: bool) -> None:
         names = list(names)
         for family, planner in self._planners.items():
-            around = surroundings(self._settings, family, self.cluster.node) if is_node_new else None
+            node, cidrs = self.cluster.node, self.cluster.service_cidrs
+            around = surroundings(self._settings, family, node, cidrs) if is_around_new else None
             change = planner.update(self.cluster, names, around)
             self._pending[family].update(change.keys)
         contests = sorted({contest for planner in self._planners.values() for contest in planner.contests})

@@ -148,6 +148,7 @@ class NodeSettings(msgspec.Struct, frozen=True):
     `node_port_addresses`: networks of the node's own addresses that serve node ports; empty: every local address.
     `localhost_node_ports`: node ports also answer on loopback addresses (IPv4 only).
     `masquerade_mark`: one bit; the bit above it (below it, for bit 31) is ours as well.
+    `service_cidrs`: networks that cluster IPs are taken from: what no Service has of them, nobody is to reach.
     """
 
     node_name: str = ""
@@ -156,6 +157,7 @@ class NodeSettings(msgspec.Struct, frozen=True):
     localhost_node_ports: bool = True
     masquerade_all: bool = False
     masquerade_mark: int = 0x4000
+    service_cidrs: tuple[str, ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -253,11 +255,17 @@ def serves_node_ports(settings: NodeSettings, address: str, addresses: Collectio
     return not settings.node_port_addresses or inside(address, settings.node_port_addresses)
 
 
+def is_unallocated(settings: NodeSettings, address: str, addresses: Collection[str]) -> bool:
+    """Whether `address`, which no Service has, is in a ServiceCIDR; `addresses`: the node's own, which are its own."""
+    return inside(address, settings.service_cidrs) and address not in addresses and not is_loopback(address)
+
+
 def verdict(plan: Plan, packet: Packet, addresses: Collection[str] = ()) -> Outcome:
     """Return what becomes of `packet`, which starts a connection, on a node with these `addresses`.
 
     A frontend with an address of its own comes before a node port. A port that no Service has, on an address that is
-    some Service's cluster IP, is refused. Affinity is not considered: it narrows `choices` to one of them.
+    some Service's cluster IP, is refused; an address in a ServiceCIDR that is nobody's at all is dropped. Affinity is
+    not considered: it narrows `choices` to one of them.
     """
     here = node_port = None
     is_cluster_ip = False
@@ -274,7 +282,7 @@ def verdict(plan: Plan, packet: Packet, addresses: Collection[str] = ()) -> Outc
     if here is None and node_port and serves_node_ports(plan.settings, packet.destination, addresses):
         here = node_port
     if here is None:
-        return PASS
+        return Outcome(OutcomeKind.DROP) if is_unallocated(plan.settings, packet.destination, addresses) else PASS
     return _outcome(plan.settings, packet, addresses, *here)
 
 

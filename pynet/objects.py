@@ -2,7 +2,8 @@
 
 Pure: knows JSON shapes, knows no file, socket or kernel. Field names follow the API (`spec.clusterIPs` is
 `service.spec.cluster_ips`). A value that the API would refuse is refused here too, with the object and the field named
-(`BadObject`); what the API leaves open is left open. Reference: Kubernetes API v1, discovery.k8s.io/v1.
+(`BadObject`); what the API leaves open is left open. Reference: Kubernetes API v1, discovery.k8s.io/v1,
+networking.k8s.io/v1.
 """
 
 from __future__ import annotations
@@ -253,14 +254,35 @@ class Node(_Api, frozen=True, gc=False, tag_field="kind", tag="Node"):
     status: NodeStatus | None = None
 
 
-Object = Service | EndpointSlice | Endpoints | Node
-KINDS: dict[str, type[Service] | type[EndpointSlice] | type[Endpoints] | type[Node]] = {
+class ServiceCIDRSpec(_Api, frozen=True, gc=False):
+    """ServiceCIDR.spec: networks that cluster IPs are taken from."""
+
+    cidrs: tuple[str, ...] | None = None
+
+
+class ServiceCIDR(_Api, frozen=True, gc=False, tag_field="kind", tag="ServiceCIDR"):
+    """networking.k8s.io/v1 ServiceCIDR."""
+
+    metadata: Metadata = Metadata()
+    spec: ServiceCIDRSpec = ServiceCIDRSpec()
+
+
+Object = Service | EndpointSlice | Endpoints | Node | ServiceCIDR
+KINDS: dict[str, type[Service] | type[EndpointSlice] | type[Endpoints] | type[Node] | type[ServiceCIDR]] = {
     "Service": Service,
     "EndpointSlice": EndpointSlice,
     "Endpoints": Endpoints,
     "Node": Node,
+    "ServiceCIDR": ServiceCIDR,
 }
-API_VERSIONS = {"Service": "v1", "EndpointSlice": "discovery.k8s.io/v1", "Endpoints": "v1", "Node": "v1"}
+API_VERSIONS = {
+    "Service": "v1",
+    "EndpointSlice": "discovery.k8s.io/v1",
+    "Endpoints": "v1",
+    "Node": "v1",
+    "ServiceCIDR": "networking.k8s.io/v1",
+}
+CLUSTER_SCOPED = frozenset({"Node", "ServiceCIDR"})
 
 
 class Ref(msgspec.Struct, frozen=True, order=True):
@@ -321,7 +343,7 @@ def decode(document: Mapping[str, Any], origin: str) -> Object:
     name = named.get("name")
     if not isinstance(name, str) or not name:
         raise BadObject(where, "metadata.name", "missing")
-    namespace = "" if kind == "Node" else named.get("namespace") or "default"
+    namespace = "" if kind in CLUSTER_SCOPED else named.get("namespace") or "default"
     ref = Ref(kind, str(namespace), name)
     if document.get("apiVersion") != API_VERSIONS[kind]:
         expected = API_VERSIONS[kind]

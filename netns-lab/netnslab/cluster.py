@@ -18,7 +18,7 @@ from . import topology as plan
 from .controller import Manifest
 from .state import Folder, LabError, NodeRecord, PodRecord, Spec
 
-API_KINDS = ("Service", "EndpointSlice", "Endpoints", "Node")
+API_KINDS = ("Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR")
 
 
 class Lab:

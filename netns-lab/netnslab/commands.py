@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--kill", action="store_true", help="end it with KILL, as a crash does")
 
     for verb, about in (("apply", "make objects of manifests"), ("delete", "remove the objects of manifests")):
-        one = command(commands, verb, about + ": Service, EndpointSlice, Endpoints, Node, Pod, Deployment")
+        one = command(commands, verb, about + ": Service, EndpointSlice, Endpoints, Node, ServiceCIDR, Pod, Deployment")
         one.add_argument("files", metavar="FILE", nargs="+", help="YAML or JSON; - is the standard input")
     one = command(commands, "scale", "give a Deployment so many pods")
     one.add_argument("deployment", metavar="NAME")

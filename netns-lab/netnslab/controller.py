@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from apiserver import services
+from pynet.objects import CLUSTER_SCOPED
 
 from .state import PodRecord
 
@@ -35,7 +36,7 @@ class BadManifest(ValueError):
 def identity(manifest: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return kind, namespace and name."""
     metadata = manifest.get("metadata") or {}
-    namespace = "" if manifest["kind"] == "Node" else metadata.get("namespace") or "default"
+    namespace = "" if manifest["kind"] in CLUSTER_SCOPED else metadata.get("namespace") or "default"
     return str(manifest["kind"]), namespace, str(metadata.get("name", ""))
 
 

@@ -1,7 +1,7 @@
 """`apply`, `delete` and `scale`: manifests as Kubernetes users write them, turned into pods and objects.
 
-Service, EndpointSlice, Endpoints and Node go to the daemons; a Pod or a Deployment becomes pods whose one process
-serves every containerPort (the image is not looked at). Others are refused by name.
+Service, EndpointSlice, Endpoints, Node and ServiceCIDR go to the daemons; a Pod or a Deployment becomes pods whose one
+process serves every containerPort (the image is not looked at). Others are refused by name.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         packet = packet_of(asked.source, asked.destination, asked.interface)
         family = Family.V6 if ":" in packet.destination else Family.V4
         cluster = known(source_from(args, KINDS, node=settings.node_name), settings.node_name)
-        planner = Planner(family, surroundings(settings, family, cluster.node))
+        around = surroundings(settings, family, cluster.node, cluster.service_cidrs)
+        planner = Planner(family, around)
         plan = planner.update(cluster, cluster.services).new
-        around = surroundings(settings, family, cluster.node)
         addresses = asked.node_address or around.node_ips
         answer = explain(cluster, plan, planner.contests, around.place, packet, addresses)
     except (ConfigError, NoSource, NoAnswer) as error:

@@ -67,7 +67,7 @@ def explain(
     """Return what becomes of `packet` on the node with these `addresses`, and why."""
     outcome = verdict(plan, packet, addresses)
     if outcome.key is None or outcome.frontend is None:
-        return Answer(outcome.kind, tuple(_no_service(plan, contests, packet, addresses)))
+        return Answer(outcome.kind, tuple(_no_service(plan, contests, packet, addresses, outcome.kind)))
     server = plan.servers[outcome.key]
     frontend = outcome.frontend
     origin = origin_of(plan.settings, packet, addresses)
@@ -97,7 +97,7 @@ def explain(
 
 
 def _no_service(
-    plan: Plan, contests: Iterable[Contest], packet: Packet, addresses: Collection[str]
+    plan: Plan, contests: Iterable[Contest], packet: Packet, addresses: Collection[str], outcome: OutcomeKind
 ) -> Iterable[Finding]:
     """Say what comes nearest where no frontend is met."""
     near = False
@@ -116,7 +116,10 @@ def _no_service(
         if contest.port == packet.port and contest.address in ("", packet.destination):
             near = True
             yield Finding(str(contest), f"Service {contest.loser.service}")
-    if not near:
+    if outcome is OutcomeKind.DROP:
+        text = f"{packet.destination} is in a network of cluster IPs, and no Service has it: dropped in silence"
+        yield Finding(text, "ServiceCIDR spec.cidrs")
+    elif not near:
         yield Finding("no Service has this address or node port: the packet is routed as if there were no proxy")
 
 

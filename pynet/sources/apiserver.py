@@ -27,23 +27,31 @@ IDLE = 75.0  # seconds of silence after which a watch is asked for again; bookma
 INITIAL_IDLE = 5.0  # the same within a streaming list: a server that knows none says nothing at its end
 LIFE = (300, 600)  # seconds that a watch lives, at random, so that a fleet does not return at once
 BACKOFF = (0.5, 30.0)  # first and longest pause between failures, seconds; ±50 % at random
+ABSENT_PAUSE = 300.0  # seconds until a resource that may be missing is asked for again
+_ABSENT = (403, 404)  # as a server answers that does not let a resource be read, or does not have it
 _STOP_WAIT = 2.0
 _TOLD = 5  # different reasons that are logged of one interruption; all others only at level debug
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class Resource(msgspec.Struct, frozen=True):
-    """Where a kind is served, and which of its objects matter to us (kube-proxy's own selectors)."""
+    """Where a kind is served, and which of its objects matter to us (kube-proxy's own selectors).
+
+    `optional`: a server that has none, or does not let us read it, is as good as one that has no object of it.
+    """
 
     path: str
     labels: str = ""
     fields: str = ""
+    optional: bool = False
 
 
 RESOURCES = {
     "Service": Resource("/api/v1/services", "!service.kubernetes.io/service-proxy-name", "spec.clusterIP!=None"),
     "EndpointSlice": Resource("/apis/discovery.k8s.io/v1/endpointslices", "!service.kubernetes.io/headless"),
     "Node": Resource("/api/v1/nodes"),
+    # since Kubernetes 1.33
+    "ServiceCIDR": Resource("/apis/networking.k8s.io/v1/servicecidrs", optional=True),
 }
 # v1 Endpoints are not read from a cluster: its controller mirrors them into EndpointSlices.
 _NEVER_SERVED = frozenset({"Endpoints"})
@@ -53,7 +61,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """How one exchange with the server went.
 
     `problem`: what went wrong, or "". `fruitful`: it brought something. `barren`: it ended well, at once and without a
-    word. `wait`: seconds that the server asks for. `fields_unknown`: it does not know the field selector.
+    word. `wait`: seconds that the server asks for. `fields_unknown`: it does not know the field selector. `absent`: why
+    an optional resource cannot be read.
     """
 
     problem: str = ""
@@ -61,10 +70,11 @@ class Outcome(msgspec.Struct, frozen=True):
     barren: bool = False
     wait: float = 0.0
     fields_unknown: bool = False
+    absent: str = ""
 
 
 class ApiServer:
-    """A `Source`: Services, EndpointSlices and Nodes of a cluster."""
+    """A `Source`: Services, EndpointSlices, Nodes and ServiceCIDRs of a cluster."""
 
     def __init__(
         self,
@@ -77,6 +87,7 @@ class ApiServer:
         backoff: tuple[float, float] = BACKOFF,
         streaming: bool = True,
         page: int = PAGE,
+        absent_pause: float = ABSENT_PAUSE,
     ) -> None:
         """`node`: of the kind Node, only this one. `streaming`: ask for streaming lists before paged ones."""
         self.kinds = kinds
@@ -85,6 +96,7 @@ class ApiServer:
         self._backoff = backoff
         self._streaming = streaming
         self._page = page
+        self._absent_pause = absent_pause
         self._resources = {kind: resources[kind] for kind in sorted(kinds - _NEVER_SERVED)}
         if node is not None and "Node" in self._resources:
             self._resources["Node"] = Resource(resources["Node"].path, fields=f"metadata.name={node}")
@@ -118,6 +130,7 @@ class ApiServer:
         """List and watch one kind until `stop` is set, whatever the server does."""
         reflector = Reflector(kind, streaming=self._streaming, page=self._page)
         failures = relists = 0
+        is_absent = False
         told: set[str] = set()
         while not stop.is_set():
             following = not reflector.listing
@@ -126,6 +139,14 @@ class ApiServer:
                 return
             if outcome.fields_unknown and resource.fields:
                 resource = Resource(resource.path, resource.labels)  # an older server; the objects say it as well
+            if outcome.absent:
+                level = logging.DEBUG if is_absent else logging.INFO
+                reason = logs.fields(kind=kind, reason=outcome.absent)
+                log.log(level, "resource cannot be read here: going on as if there were none", extra=reason)
+                is_absent = True
+                stop.wait(self._absent_pause * random.uniform(0.5, 1.5))
+                continue
+            is_absent = is_absent and reflector.listing
             lost = following and reflector.listing  # the server answers, but our version is of no more use to it
             failures = failures + 1 if (outcome.problem or outcome.barren) and not (lost or outcome.fruitful) else 0
             if lost:
@@ -177,6 +198,9 @@ class ApiServer:
         except Refused as error:
             if error.status.code == 400 and resource.fields and "field label" in error.status.message:
                 return Outcome(str(error), fields_unknown=True)
+            if resource.optional and reflector.listing and error.status.code in _ABSENT:
+                self._take(reflector.kind, reflector.absent(), started)
+                return Outcome(absent=str(error))
             self._take(reflector.kind, reflector.refused(error.status), started)
             if isinstance(request, Watch) and request.initial and not reflector.streaming:
                 log.debug("no streaming lists here", extra=logs.fields(kind=reflector.kind, reason=error))

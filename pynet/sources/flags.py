@@ -28,7 +28,7 @@ class NoSource(ValueError):
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a source; `source_from` and `events_from` read what they parse."""
-    group = parser.add_argument_group("source of Services, EndpointSlices and Nodes (one of them)")
+    group = parser.add_argument_group("source of Services, EndpointSlices, Nodes and ServiceCIDRs (one of them)")
     group.add_argument("--manifests", type=Path, metavar="DIR", help="directory of YAML or JSON manifests, watched")
     group.add_argument("--kubeconfig", type=Path, metavar="FILE", help="API server: address and credentials")
     group.add_argument("--master", metavar="URL", help="API server: address; overrides the one of --kubeconfig")

@@ -205,6 +205,13 @@ class Reflector:
             return [Broken(str(status.code))]  # the server is in trouble, our version is not
         return [self._error(status)]
 
+    def absent(self) -> list[Change]:
+        """Take in that the server does not let this kind be read: there is none, unless some were known."""
+        if self.synced:
+            return []
+        self.synced = True
+        return [Replace(())]
+
     def interrupted(self, reason: str, *, silent: bool = False) -> list[Change]:
         """Take in that the answer was cut off; a streaming list without end is given up."""
         if not (self.listing and self.streaming):

@@ -33,6 +33,8 @@ def pod(address: str, node: str = "n1", **fields: Any) -> dict[str, Any]:
     return {"addresses": [address], "nodeName": node, **fields}
 
 
+CIDR = {"kind": "ServiceCIDR", "apiVersion": "networking.k8s.io/v1", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}  # fmt: skip
 BALANCER = {"loadBalancer": {"ingress": [{"ip": "198.51.100.1"}]}}
 HERE, THERE = pod("10.244.1.5"), pod("10.244.2.5", "n2")
 
@@ -56,6 +58,10 @@ HERE, THERE = pod("10.244.1.5"), pod("10.244.2.5", "n2")
                      ["has 80/TCP here, not this port"], id="another port"),
         pytest.param([service(), pods(HERE)], ["10.244.1.9", "10.96.0.99:80"], [], 0,
                      ["no Service has this address"], id="another address"),
+        pytest.param([service(), pods(HERE), CIDR], ["10.244.1.9", "10.96.0.99:80"], [], 1,
+                     ["10.96.0.99 is in a network of cluster IPs", "ServiceCIDR spec.cidrs"], id="nobody's cluster IP"),
+        pytest.param([service(), pods(HERE), CIDR], ["10.244.1.9", "10.96.0.10:81"], [], 1,
+                     ["has 80/TCP here, not this port"], id="another port in a ServiceCIDR"),
         pytest.param([service(node_port=30080, type="NodePort"), pods(HERE)], ["203.0.113.1", "192.0.2.1:30080"],
                      ["--nodeport-addresses", "10.0.0.0/8"], 0, ["--nodeport-addresses"], id="no node-port address"),
         pytest.param([service(node_port=30080, type="NodePort"), pods(HERE)], ["203.0.113.1", "192.0.2.9:30080"], [], 0,

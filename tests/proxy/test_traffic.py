@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from proxy.cidrs import of_family
 from proxy.modes import Mode
 from proxy.plan import Family, LocalDetector, LocalKind, NodeSettings, OutcomeKind, Packet, Plan, verdict
 from proxy.planning import build
@@ -72,7 +73,8 @@ class Stage:
         self.plans = {}
         for family in Family:
             detector = settings.get("detector", LocalDetector(LocalKind.CIDR, (PODS[family],)))
-            around = NodeSettings("node", **{**settings, "detector": detector})
+            cidrs = of_family(settings.get("service_cidrs", ()), family)
+            around = NodeSettings("node", **{**settings, "detector": detector, "service_cidrs": cidrs})
             self.plans[family] = build(objects, family, around, node_ips=(self.addresses(family, "node")[0],))
         with inside(self.net.node):
             self.mode.sync(list(self.plans.values()))
@@ -231,6 +233,22 @@ def test_unknown_ports_of_a_cluster_ip_are_refused(stage: Stage, family: Family)
     stage.show(of_all_kinds())
     for client in CLIENTS:
         stage.check(family, client, f"{BASE[family]}1", 9)
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_what_nobody_has_of_a_service_cidr_is_dropped(stage: Stage, family: Family) -> None:
+    """Beside the cluster IPs, the net of the node itself, of other nodes and of far pods, which nobody should name."""
+    if stage.mode.name == "ipvs":
+        return  # it does not know them: docs/semantics.md
+    overlaps = ["192.168.77.0/24", "fd00:77::/64"]
+    if stage.mode.name != "userspace":  # which connects to a pod as any program of the node would
+        overlaps += ["10.244.0.0/16", "fd00:244::/32"]
+    stage.show(of_all_kinds(), service_cidrs=("10.96.0.0/16", "fd00:96::/112", *overlaps))
+    for client in CLIENTS:
+        stage.check(family, client, f"{BASE[family]}200", 80)
+        stage.check(family, client, f"{BASE[family]}1", 1001)  # a Service, whose pods are in there as well
+        stage.check(family, client, stage.addresses(family, "node")[0], 30001)
+    stage.show(of_all_kinds())
 
 
 def test_round_robin_is_exact_and_random_is_fair_within_chance(stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pynet.sources.credentials import Credentials
 from pynet.sources.reflector import Delete, Replace, Upsert
 from pynet.sources.transport import Transport
 
-KINDS = frozenset({"Service", "EndpointSlice", "Node"})
+KINDS = frozenset({"Service", "EndpointSlice", "Node", "ServiceCIDR"})
 PATIENCE = 20.0
 
 
@@ -34,6 +35,15 @@ def service(name: str, address: str = "10.96.0.9", **spec: Any) -> dict[str, Any
 
 def node(name: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": {"podCIDR": "10.244.1.0/24"}}
+
+
+def service_cidr(name: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": name},
+        "spec": {"cidrs": ["10.96.0.0/16"]},
+    }
 
 
 class Consumer:
@@ -143,6 +153,35 @@ def test_many_objects_come_in_pages(server: Server) -> None:
         consumer.close()
 
 
+PAGED = {
+    "the connection is closed after each page": [Fault("services", "list", times=None, hangup=True)],
+    "pages are compressed": [Fault("services", "list", times=None, gzip=True)],
+    "410 in the middle": [
+        Fault("services", "list", times=3),
+        Fault("services", "list", error=ApiError(410, "Expired", "too old")),
+    ],
+    "500 in the middle": [
+        Fault("services", "list", times=2),
+        Fault("services", "list", times=2, error=ApiError(500, "InternalError", "etcd is away")),
+    ],
+}
+
+
+@pytest.mark.parametrize("faults", PAGED.values(), ids=PAGED.keys())
+def test_pages_are_one_list_whatever_comes_between(server: Server, faults: list[Fault]) -> None:
+    names = {f"s{index}" for index in range(40)}
+    server.put(*(service(name) for name in names))
+    server.faults.add(*copy.deepcopy(faults))
+    consumer = Consumer(server, streaming=False, page=7)
+    try:
+        consumer.wait(names)
+        server.put(service("new"))
+        consumer.wait(names | {"new"})
+        assert consumer.changes == 41
+    finally:
+        consumer.close()
+
+
 FAULTS = {
     "the connection is cut within a line": Fault("services", "watch", times=4, after=1, cut=True),
     "the watch ends well after each event": Fault("services", "watch", times=4, after=1, close=True),
@@ -150,6 +189,17 @@ FAULTS = {
     "events come twice": Fault("services", "watch", times=None, duplicate=True),
     "410 as an event": Fault("services", "watch", times=3, after=1, gone=True),
     "410 as an answer": Fault("services", "watch", times=3, error=ApiError(410, "Expired", "too old")),
+    **{
+        f"{code} as an event": Fault("services", "watch", times=2, after=1, tells=ApiError(code, reason, "in trouble"))
+        for code, reason in (
+            (429, "TooManyRequests"),
+            (500, "InternalError"),
+            (503, "ServiceUnavailable"),
+            (504, "Timeout"),
+        )
+    },
+    "an error without a code as an event": Fault("services", "watch", times=5, after=1, tells=ApiError(0, "", "")),
+    "answers are compressed": Fault("services", times=None, gzip=True),
     "a line is no JSON": Fault("services", "watch", times=4, after=1, garbage=True),
     "the server is busy": Fault("services", "watch", times=3, error=ApiError(429, "TooManyRequests", "slow down")),
     "the server fails": Fault("services", "watch", times=3, error=ApiError(500, "InternalError", "etcd is away")),
@@ -372,6 +422,30 @@ def test_endpoints_are_said_to_be_none() -> None:
                 stop.set()
 
         source.run(deliver, stop)
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming list", "paged list"])
+@pytest.mark.parametrize("status", [403, 404])
+def test_service_cidrs_that_cannot_be_read_count_as_none_until_they_can(
+    streaming: bool, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Server() as server:
+        error = ApiError(status, "Forbidden" if status == 403 else "NotFound", "no servicecidrs for you")
+        lost = server.faults.add(Fault("servicecidrs", times=None, error=error))
+        consumer = Consumer(server, streaming=streaming, absent_pause=0.1)
+        try:
+            consumer.wait(set(), "ServiceCIDR")
+            consumer.wait(set())
+            wait_for(lambda: lost.met >= 4, "it is asked for again")
+            server.faults.clear()
+            server.put(service_cidr("kubernetes"))
+            consumer.wait({"kubernetes"}, "ServiceCIDR")
+            assert consumer.replaced == KINDS
+            told = [record for record in caplog.records if record.levelno >= logging.INFO]
+            assert [record.getMessage().partition(":")[0] for record in told] == ["resource cannot be read here"]
+        finally:
+            consumer.close()
 
 
 def test_a_batch_has_the_last_word_on_each_object() -> None:

@@ -60,7 +60,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     (tmp_path / "web.yaml").write_text(service())
     source = Running(tmp_path)
     first = source.next()
-    assert {"Service", "EndpointSlice", "Endpoints", "Node"} == first.replaced
+    assert {"Service", "EndpointSlice", "Endpoints", "Node", "ServiceCIDR"} == first.replaced
     assert [obj.metadata.name for obj in first.upserts] == ["web"]
     yield source
     source.close()

@@ -84,6 +84,10 @@ class World:
         self.networks = ["198.51.100.0/24", "192.168.0.0/16", "192.168.77.0/24", "10.244.0.0/16", "0.0.0.0/0"]
         if not v4:
             self.networks = ["2001:db8::/32", "fd00:77::/64", "fd00::/16", "fd00:244::/48", "::/0"]
+        # beside the cluster IPs, and (a slip of somebody's) the far pods and the node itself
+        self.service_cidrs = ["10.96.0.0/24", "10.244.2.0/24", "192.168.77.0/24"]
+        if not v4:
+            self.service_cidrs = ["fd00:96::/112", "fd00:244:2::/64", "fd00:77::/64"]
         self.pod_networks = ("10.244.0.0/16",) if v4 else ("fd00:244::/48",)
 
 
@@ -108,7 +112,8 @@ def settings_of(draw: st.DrawFn, world: World) -> NodeSettings:
     networks = draw(st.sampled_from([(), (world.networks[2],), (world.networks[3], world.networks[2])]))
     bit = draw(st.sampled_from([0x4000, 0x1, 0x80000000]))
     localhost = draw(st.booleans())
-    return NodeSettings("node", detector, networks, localhost, masquerade_mark=bit)
+    cidrs = tuple(draw(st.lists(st.sampled_from(world.service_cidrs), max_size=2, unique=True)))
+    return NodeSettings("node", detector, networks, localhost, masquerade_mark=bit, service_cidrs=cidrs)
 
 
 @st.composite
@@ -182,7 +187,8 @@ def packets_of(draw: st.DrawFn, world: World) -> Packet:
             + [(world.loopback, "")]
         )
     )
-    addresses = [*world.cluster_ips, *world.other_ips, *world.node, "198.51.100.99" if ":" not in source else "fd99::1"]
+    addresses = [*world.cluster_ips, *world.other_ips, *world.node, *world.far_pods[:1]]
+    addresses += ["198.51.100.99", "10.96.0.200"] if ":" not in source else ["fd99::1", "fd00:96::200"]
     if not interface:
         addresses.append(world.loopback)
     return Packet(

@@ -13,7 +13,17 @@ from collections.abc import Iterable
 
 import msgspec
 
-from proxy.modes.nftables.names import KINDS, LOCAL_OFFSET, NODE_PORT, PROTOCOLS, SERVICE, WORDS, Kind, Words
+from proxy.modes.nftables.names import (
+    KINDS,
+    LOCAL_OFFSET,
+    NODE_PORT,
+    PROTOCOLS,
+    REASONS,
+    SERVICE,
+    WORDS,
+    Kind,
+    Words,
+)
 from proxy.plan import Action, Family, LocalKind, NodeSettings, Verdict, inside
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
@@ -41,6 +51,7 @@ def base(family: Family, settings: NodeSettings) -> Layout:
     elements = {
         "pod-networks": dict.fromkeys(_networks(settings.detector.cidrs), ""),
         "node-port-addresses": dict.fromkeys(_networks(settings.node_port_addresses), ""),
+        "service-cidrs": dict.fromkeys(_networks(settings.service_cidrs), ""),
     }
     chains = {
         "prerouting": (
@@ -58,7 +69,20 @@ def base(family: Family, settings: NodeSettings) -> Layout:
         "no-endpoint": (_count(words, "no-endpoint"), *_reject()),
         "local-policy": (_count(words, "local-policy"), "drop"),
         "source-range": (_count(words, "source-range"), "drop"),
+        # what was led elsewhere, by whomever, is somebody's; the node's own addresses are its own
+        "unallocated": (
+            "ct status dnat return",
+            "fib daddr type local return",
+            "update @unallocated-counts { meta l4proto counter }",
+            "drop",
+        ),
     }
+    if settings.service_cidrs:
+        for chain, hook in (("forward", "forward"), ("filter-output", "output")):
+            chains[chain] = (
+                f"type filter hook {hook} priority filter ; policy accept ;",
+                f"ct state new {words.ip} daddr @service-cidrs goto unallocated",
+            )
     if uses_loopback(family, settings):
         chains["input"] = (
             "type filter hook input priority filter ; policy accept ;",
@@ -85,6 +109,7 @@ def _declarations(words: Words) -> dict[str, str]:
         "hairpin": f"set {{ type {address} . {address} ; }}",
         "pod-networks": f"set {{ type {address} ; flags interval ; }}",
         "node-port-addresses": f"set {{ type {address} ; flags interval ; }}",
+        "service-cidrs": f"set {{ type {address} ; flags interval ; }}",
     }
     for kind in KINDS:
         key = kind.key_type(words)
@@ -99,10 +124,10 @@ def _declarations(words: Words) -> dict[str, str]:
                 f"map {{ typeof {kind.endpoint_expression(words, protocol)} . numgen random mod 2"
                 f" : {words.ip} daddr . {protocol} dport ; }}"
             )
-    for reason in ("no-endpoint", "local-policy", "source-range"):
-        found[f"{reason}-counts"] = (
-            f"set {{ type {SERVICE.key_type(words)} ; size 65535 ; flags dynamic,timeout ; timeout 1d ; }}"
-        )
+    for reason in REASONS:
+        # of addresses that are nobody's, whoever looks for hosts can name thousands: by protocol only
+        key, size = ("inet_proto", 256) if reason == "unallocated" else (SERVICE.key_type(words), 65535)
+        found[f"{reason}-counts"] = f"set {{ type {key} ; size {size} ; flags dynamic,timeout ; timeout 1d ; }}"
     return found
 
 

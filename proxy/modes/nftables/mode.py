@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.nftables.base import uses_loopback
 from proxy.modes.nftables.compare import Comparison, Observed, compare, is_packets_own
-from proxy.modes.nftables.names import TABLE, WORDS, Words
+from proxy.modes.nftables.names import REASONS, TABLE, WORDS, Words
 from proxy.modes.nftables.picks import own_bytes
 from proxy.modes.nftables.script import Change, Script, deletable, render
 from proxy.modes.nftables.table import Step, Table, Unrenderable
@@ -160,11 +160,11 @@ class Nftables:
         return bool(self._tables) and self._tamper is not None and self._tamper.noticed()
 
     def drops(self) -> dict[str, dict[tuple[Family, str], int]]:
-        """Return what was refused or dropped since the sets began: reason → (family, "address . protocol . port")."""
+        """Return what was refused or dropped since the sets began: reason → (family, what)."""
         kernel = self._kernel()
         found: dict[str, dict[tuple[Family, str], int]] = {}
         for family in self._tables:
-            for reason in ("no-endpoint", "local-policy", "source-range"):
+            for reason in REASONS:
                 name = f"{reason}-counts"
                 rows = list(kernel.elements(WORDS[family].ip, TABLE, name))
                 for element, (key, _) in zip(rows, decode(WORDS[family], name, rows), strict=True):

@@ -10,6 +10,7 @@ from proxy.plan import Family, ServerKey
 
 TABLE = "pynet-proxy"
 PROTOCOLS = ("tcp", "udp", "sctp")
+REASONS = ("no-endpoint", "local-policy", "source-range", "unallocated")  # why packets are refused or dropped
 LOCAL_OFFSET = 1 << 24  # where the local endpoints of a Service port begin in the endpoint maps' index
 
 

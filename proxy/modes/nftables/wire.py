@@ -28,7 +28,7 @@ def fields_of(name: str) -> tuple[Fields, Fields | None]:
 
     Fields: address, protocol, port, index, network (an interval of addresses).
     """
-    if name in ("pod-networks", "node-port-addresses"):
+    if name in ("pod-networks", "node-port-addresses", "service-cidrs"):
         return ("network",), ()
     if name == "cluster-ips":
         return ("address",), ()
@@ -38,6 +38,8 @@ def fields_of(name: str) -> tuple[Fields, Fields | None]:
         return ("address",), ("address",)
     if name.startswith("turn-"):
         return ("index",), ("address", "port")
+    if name == "unallocated-counts":
+        return ("protocol",), ()
     if name.endswith("-counts"):
         return ("address", "protocol", "port"), ()
     of_node_ports = name.startswith("node-port")

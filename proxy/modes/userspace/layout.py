@@ -61,7 +61,23 @@ def base(plan: Plan) -> str:
             "    jump lead",
             "  }",
         ]
-    return "\n".join([*lines, "}", ""])
+    return "\n".join([*lines, *_unallocated(plan), "}", ""])
+
+
+def _unallocated(plan: Plan) -> list[str]:
+    """Return the chains that drop what is for an address of a ServiceCIDR and was led to nobody."""
+    family, networks = NFT_FAMILY[plan.family], plan.settings.service_cidrs
+    if not networks:
+        return []
+    lines = ["  chain unallocated {", "    ct status dnat return", "    fib daddr type local return", "    drop", "  }"]
+    for hook in ("forward", "output"):
+        lines += [
+            f"  chain unallocated-{hook} {{",
+            f"    type filter hook {hook} priority filter; policy accept;",
+            f"    ct state new {family} daddr {{ {', '.join(networks)} }} goto unallocated",
+            "  }",
+        ]
+    return lines
 
 
 def elements(plan: Plan, ports: Mapping[DoorKey, int]) -> Elements:

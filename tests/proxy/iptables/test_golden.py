@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.modes.iptables import layout
 from proxy.plan import Family, LocalDetector, LocalKind, NodeSettings, Plan
@@ -53,6 +54,10 @@ CASES: dict[str, tuple[list[Object], Family, NodeSettings]] = {
         [service("web", "fd00:96::1", HTTP, sessionAffinity="ClientIP"),
          piece("web", endpoint("fd00:244:1::2", "n1"), kind="IPv6")], Family.V6,
         NodeSettings("n1", LocalDetector(LocalKind.CIDR, ("fd00:244::/48", "fd00:245::/48"))),
+    ),
+    "service-cidrs": (
+        [service("web", "10.96.0.1"), piece("web", HERE)], Family.V4,
+        replace(PODS, service_cidrs=("10.96.0.0/16", "192.0.2.0/24")),
     ),
     "other-settings": (
         [service("web", "10.96.0.1", HTTP), piece("web", HERE)], Family.V4,

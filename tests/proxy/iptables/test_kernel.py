@@ -75,6 +75,20 @@ def test_what_is_written_is_what_is_read_back(netns: Names, backend: Backend) ->
         assert not mode.tampered()
 
 
+@both
+def test_service_cidrs_come_and_go(netns: Names, backend: Backend) -> None:
+    six_cidrs = replace(six(), settings=replace(six().settings, service_cidrs=("fd00:96::/112",)))
+    with inside(netns("node")):
+        mode = IptablesMode(backend)
+        mode.sync([full(), six()])
+        without = mode.rule_counts()
+        for cidrs, more in ((("10.96.0.0/16",), 2), (("10.96.0.0/16", "10.100.0.0/24"), 4), ((), 0)):
+            mode.sync([replace(full(), settings=replace(full().settings, service_cidrs=cidrs)), six_cidrs])
+            assert mode.rule_counts()[Family.V4, "filter"] == without[Family.V4, "filter"] + more
+            assert mode.audit().found == ()
+            assert not mode.tampered()
+
+
 def steps() -> list[Plan]:
     """Return plans that follow one another: each changes something of another kind."""
     web = full().servers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.modes.nftables.names import WORDS
 from proxy.modes.nftables.script import render
@@ -36,6 +37,7 @@ CASES: dict[str, Plan] = {
         server("shop/most", cluster_ip("10.96.0.6", 80), cluster=(POD, Endpoint("10.244.2.2", 8080, weight=3)))
     ),
     "other-settings": plan(WEB, settings=NARROW),
+    "service-cidrs": plan(WEB, settings=replace(plan().settings, service_cidrs=("10.96.0.0/16", "192.0.2.0/24"))),
     "ipv6": plan(
         server("shop/six", cluster_ip("fd00:96::1", 80), node_port(30080), cluster=SIX, protocol="SCTP", affinity=60),
         family=Family.V6,

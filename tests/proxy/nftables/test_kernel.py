@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.modes import ApplyError
 from proxy.modes.nftables.base import pick_chain
@@ -192,6 +193,20 @@ def test_other_settings_come_with_an_update(netns: Names) -> None:
     with watching(other) as mode:
         mode.sync([then])
     assert dump(here) == dump(other)
+
+
+def test_service_cidrs_come_and_go(netns: Names) -> None:
+    node = netns("node")
+    six_cidrs = replace(six(), settings=replace(six().settings, service_cidrs=("fd00:96::/112",)))
+    with watching(node) as mode:
+        mode.sync([full(), six_cidrs])
+        without = dump(node)
+        for cidrs in (("10.96.0.0/16",), ("10.96.0.0/16", "10.100.0.0/24"), ()):
+            wanted = replace(full(), settings=replace(full().settings, service_cidrs=cidrs))
+            mode.update([PlanChange(full(), wanted, ())])
+            assert (dump(node) == without) == (not cidrs)
+            assert mode.audit().found == ()
+            assert not mode.tampered()
 
 
 def test_our_encoder_writes_the_rules_that_nft_writes(netns: Names) -> None:

@@ -203,7 +203,8 @@ def _mark(_rules: Ruleset, state: State, both: str) -> bool:
 
 
 def _ct(_rules: Ruleset, state: State, states: str) -> bool:
-    return state.dnat and "DNAT" in states.split(",")  # a first packet is neither established nor invalid
+    named = states.split(",")  # a first packet is neither established nor invalid
+    return "NEW" in named or (state.dnat and "DNAT" in named)
 
 
 def _bpf(_rules: Ruleset, state: State, program: str) -> bool:
@@ -245,6 +246,7 @@ _MATCHES: tuple[tuple[tuple[str | None, ...], Match], ...] = (
     (("--dport", None), _port),
     (("-m", "comment", "--comment", None), lambda _r, _s, _t: True),
     (("-m", "addrtype", "--dst-type", "LOCAL"), lambda r, s: _is_local(r, s.to)),
+    (("-m", "addrtype", "!", "--dst-type", "LOCAL"), lambda r, s: not _is_local(r, s.to)),
     (("-m", "addrtype", "--src-type", "LOCAL"), lambda r, s: _is_local(r, s.source)),
     (("-m", "addrtype", "!", "--src-type", "LOCAL"), lambda r, s: not _is_local(r, s.source)),
     (("-m", "mark", "--mark", None), _mark),

@@ -119,9 +119,7 @@ class Ruleset:
             if verdict in ("drop", "reject"):
                 found[End(verdict)] += share
                 continue
-            to_node = state.to in self.addresses or ipaddress.ip_address(state.to).is_loopback
-            hook = "input" if to_node and packet.interface else "postrouting"
-            for part, after, last in self._base(hook, state):
+            for part, after, last in self._onward(self._hooks(packet, state), state):
                 if last in ("drop", "reject"):
                     found[End(last)] += share * part
                 elif state.dnat:
@@ -130,6 +128,23 @@ class Ruleset:
                     assert not after.masquerade, "traffic to no Service is masqueraded"
                     found[End("pass")] += share * part
         return dict(found)
+
+    def _hooks(self, packet: Packet, state: State) -> list[str]:
+        """Return the base chains that a packet meets when its destination is decided."""
+        if not packet.interface:
+            return ["filter-output", "postrouting"]
+        to_node = state.to in self.addresses or ipaddress.ip_address(state.to).is_loopback
+        return ["input"] if to_node else ["forward", "postrouting"]
+
+    def _onward(self, chains: list[str], state: State) -> Iterator[tuple[Fraction, State, str]]:
+        if not chains:
+            yield Fraction(1), state, "accept"
+            return
+        for share, after, verdict in self._base(chains[0], state):
+            if verdict in ("drop", "reject"):
+                yield share, after, verdict
+            else:
+                yield from _scaled(share, self._onward(chains[1:], after))
 
     def _base(self, chain: str, state: State) -> Iterator[tuple[Fraction, State, str]]:
         if chain not in self.chains:
@@ -334,6 +349,7 @@ _STATEMENTS: tuple[tuple[re.Pattern[str], Callable[..., list[Step]]], ...] = tup
         (r"meta mark set meta mark \| (0x\w+)", _mark_or),
         (r"meta mark set meta mark & (0x\w+)", _mark_and),
         (r"ct status dnat", lambda _r, _f, s: _if(s, s.dnat)),
+        (r"ct state new", lambda _r, _f, s: _if(s, True)),
         (r"ct state established,related", lambda _r, _f, s: _if(s, False)),
         (r'iifname (!= )?"([\w.@-]+)(\*)?"', _iifname),
         (r"update @\S+ \{ [^}]+ \}", lambda _r, _f, s: _if(s, True)),
