@@ -1,8 +1,8 @@
 """Deletes links that several threads want gone at about the same time together, and answers when they are gone.
 
-Deleting a veth costs the kernel 16 ms, a whole link group no more: while one deletion runs, the others gather, and the
-next one takes all of them. After 5 of the 16 ms nothing can see the link any more; the rest, in which its memory is
-freed, nobody need wait for.
+Deleting a veth costs the kernel 16 ms, a whole link group no more: while one deletion is under way, the wishes gather,
+and the next one takes all of them. After 5 of the 16 ms nothing can see the links any more; the rest, in which their
+memory is freed, nobody need wait for.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _GROUPS = 0x70790000
 _LOOK_AGAIN_SECONDS = 0.0005
 
 
-class _Wish:
-    """One call's: the link it wants gone, and what became of it."""
+class _Batch:
+    """The links of one deletion, and what became of it: of the links not named in `failed`, that they are gone."""
 
-    def __init__(self, ifindex: int) -> None:
-        self.ifindex = ifindex
-        self.done = threading.Event()
-        self.error: BaseException | None = None
+    def __init__(self) -> None:
+        self.links: list[int] = []
+        self.out_of_sight = threading.Event()
+        self.ended = threading.Event()
+        self.failed: dict[int, BaseException] = {}
 
 
 class SharedDeletion:
@@ -32,60 +33,74 @@ class SharedDeletion:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wanted: list[_Wish] = []
-        self._deleter: threading.Thread | None = None
+        self._turn = threading.Lock()
+        self._gathering: _Batch | None = None
+        self._under_way: set[_Batch] = set()
         self._numbers = itertools.count()
 
     def delete(self, host: netlink.Socket, ifindex: int) -> None:
         """Delete a link and return when it is in no list of the kernel's. Raise `NetlinkError`."""
-        wish = _Wish(ifindex)
         with self._lock:
-            self._wanted.append(wish)
-            alone = self._deleter is None
-            if alone:
-                self._deleter = threading.Thread(target=self._work, name="link-deletion", daemon=True)
-                self._deleter.start()
-        # only who comes alone looks: in a crowd the looking would cost all of them more than the rest of the wait
-        while not wish.done.wait(_LOOK_AGAIN_SECONDS if alone else None):
-            if not rtnl.is_listed(ifindex):
-                rtnl.link_at(host, ifindex)  # waits for the lock under which routes, neighbours and the port go as well
-                return
-        if wish.error is not None:
-            raise wish.error
+            is_first = self._gathering is None
+            batch = self._gathering = self._gathering or _Batch()
+            batch.links.append(ifindex)
+        if is_first:
+            with self._turn:
+                with self._lock:
+                    self._gathering = None
+                self._carry_out(host, batch)
+        else:
+            batch.out_of_sight.wait()
+        error = batch.failed.get(ifindex)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Wait for the deletions under way."""
-        deleter = self._deleter
-        if deleter is not None:
-            deleter.join(timeout=30)
+        with self._lock:
+            under_way = list(self._under_way)
+        for batch in under_way:
+            batch.ended.wait(timeout=30)
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                batch, self._wanted = self._wanted, []
-                if not batch:
-                    self._deleter = None
-                    return
-            failed = self._delete(list(dict.fromkeys(wish.ifindex for wish in batch)))
-            for wish in batch:
-                wish.error = failed.get(wish.ifindex)
-                wish.done.set()
+    def _carry_out(self, host: netlink.Socket, batch: _Batch) -> None:
+        """Begin a batch's deletion, and look until its links are gone: one thread for all that wait."""
+        thread = threading.Thread(target=self._delete, args=(batch,), name="link-deletion", daemon=True)
+        with self._lock:
+            self._under_way.add(batch)
+        try:
+            try:
+                thread.start()
+            except RuntimeError:  # no thread left: here, to its end
+                self._delete(batch)
+            while not batch.ended.wait(_LOOK_AGAIN_SECONDS):
+                if not any(rtnl.is_listed(ifindex) for ifindex in batch.links):
+                    rtnl.link_at(host, batch.links[0])  # waits for the lock under which routes and port go as well
+                    break
+        finally:
+            batch.out_of_sight.set()
 
-    def _delete(self, batch: list[int]) -> dict[int, BaseException]:
-        """Delete links; return the errors of those that could not be."""
-        failed: dict[int, BaseException] = {}
+    def _delete(self, batch: _Batch) -> None:
         try:
             with netlink.Socket() as host:
-                if len(batch) > 1:
-                    group = _GROUPS + next(self._numbers) % 0x10000
-                    host.batch([rtnl.set_link(ifindex, group=group) for ifindex in batch])
-                    rtnl.delete_group(host, group)
-                for ifindex in batch:
-                    try:
-                        if len(batch) == 1 or rtnl.link_at(host, ifindex) is not None:
-                            rtnl.delete_link(host, ifindex)
-                    except OSError as error:
-                        failed[ifindex] = error
+                batch.failed = self._attempt(host, list(dict.fromkeys(batch.links)))
         except OSError as error:
-            return dict.fromkeys(batch, error)
+            batch.failed = dict.fromkeys(batch.links, error)
+        finally:
+            batch.ended.set()
+            with self._lock:
+                self._under_way.discard(batch)
+
+    def _attempt(self, host: netlink.Socket, links: list[int]) -> dict[int, BaseException]:
+        """Delete links; return the errors of those that could not be."""
+        failed: dict[int, BaseException] = {}
+        if len(links) > 1:
+            group = _GROUPS + next(self._numbers) % 0x10000
+            host.batch([rtnl.set_link(ifindex, group=group) for ifindex in links])
+            rtnl.delete_group(host, group)
+        for ifindex in links:
+            try:
+                if len(links) == 1 or rtnl.link_at(host, ifindex) is not None:
+                    rtnl.delete_link(host, ifindex)
+            except OSError as error:
+                failed[ifindex] = error
         return failed
