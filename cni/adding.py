@@ -199,7 +199,10 @@ class _Adding:
     def attach(self, networks: list[tuple[str, str]]) -> tuple[rtnl.Link, rtnl.Link]:
         """Make the bridge, if need be, and the veth; return the bridge and the veth's host end."""
         bridge = self.bridge()
-        return bridge, self.veth(bridge, networks)
+        host_link = self.veth(bridge, networks)
+        if not self.record.made_bridge:
+            bridge = wiring.keep_hardware_address(self.host, bridge, host_link)
+        return bridge, host_link
 
     def alias(self, networks: list[tuple[str, str]]) -> str:
         """Return what the host's end of the veth says of the attachment."""

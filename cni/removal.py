@@ -61,6 +61,8 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
     with ctl.turn(request, state_dir), ctl.pod(request, pod_netns) as pod, netlink.Socket() as host:
         record = failures.attempt("record", lambda: book.read(request.container, request.ifname))
         links = _has_own_links(who, record, host)
+        if record is not None and pod >= 0 and netns.identity(pod) != (record.device, record.inode):
+            pod = -1  # another pod's, at the path where this one's was
         if record is not None and record.network != request.network:
             record = None  # another network's attachment under the same names is not ours to remove
         step("del-start")
@@ -95,11 +97,11 @@ def clear(
     """Remove links (if they are its own) and rules of an attachment, and what the kernel remembers of its addresses."""
     name = naming.host_link(who.container, who.ifname)
     if links:
-        failures.attempt("veth", lambda: _delete_link(host, name, pod, who.ifname, context))
+        failures.attempt("veth", lambda: _delete_link(host, name, pod, who, context))
     step("del-link")
     if links and (record is None or record.ifb):
         ifb = naming.ifb_link(who.container, who.ifname)
-        failures.attempt("intermediate device", lambda: _delete_link(host, ifb, -1, "", context))
+        failures.attempt("intermediate device", lambda: delete_named(host, ifb, context))
     step("del-ifb")
     if record is None:
         failures.attempt("nftables", lambda: _remove_owned({who.tag}, book))
@@ -265,13 +267,13 @@ def _addresses(
     return tuple(found)
 
 
-def _delete_link(host: netlink.Socket, name: str, pod: int, ifname: str, context: Context) -> None:
+def _delete_link(host: netlink.Socket, name: str, pod: int, who: Attachment, context: Context) -> None:
     """Delete a link of the host; where it is missing, the pod's end of whatever made that."""
     ifindex = rtnl.index_of(name)
     if ifindex:
         context.delete_link(host, ifindex)
     elif pod >= 0:
-        wiring.delete_in_pod(pod, ifname)
+        wiring.delete_in_pod(host, pod, who.container, who.ifname)
 
 
 def delete_named(host: netlink.Socket, name: str, context: Context) -> None:

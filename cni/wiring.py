@@ -9,7 +9,7 @@ import os
 import time
 from typing import NamedTuple
 
-from cni import spec
+from cni import naming, spec
 from cni.netconf import NetConf
 from pynet.kernel import netlink, netns, rtnl, sysctl
 from pynet.kernel.rtnl import Link
@@ -62,6 +62,20 @@ def ensure_bridge(host: netlink.Socket, conf: NetConf) -> tuple[Link, bool]:
     if changes:
         request(host, rtnl.set_link(bridge.ifindex, **changes), f"bridge {conf.bridge}")
     return bridge, made
+
+
+def keep_hardware_address(host: netlink.Socket, bridge: Link, port: Link) -> Link:
+    """Return a bridge as it is with a new port; if it took over that one's hardware address, it gets its own back.
+
+    It does so while nobody has set its address, and would with every lower one of a later pod.
+    """
+    now = rtnl.link_at(host, bridge.ifindex)
+    if now is None or now.mac == bridge.mac:
+        return bridge
+    if now.mac != port.mac:
+        return now
+    request(host, rtnl.set_link(bridge.ifindex, mac=bridge.mac), f"hardware address of {bridge.name}")
+    return bridge
 
 
 def ensure_gateway_addresses(
@@ -268,13 +282,20 @@ def wait_until_forwarding(host: netlink.Socket, ifindex: int) -> Link:
         pause = min(pause * 2, 0.02)
 
 
-def delete_in_pod(pod_netns: int, ifname: str) -> None:
-    """Delete the pod's end of a veth from inside: of an attachment that another plugin made, or under another name."""
+def delete_in_pod(host: netlink.Socket, pod_netns: int, container: str, ifname: str) -> None:
+    """Delete the pod's end of a veth from inside: of an attachment that another plugin made, or under another name.
+
+    Not that of another container: runtimes name namespaces by process ids too, which are used again (cri-o#2849).
+    """
     with netns.inside(pod_netns):
         pod = netlink.Socket()
     with pod:
         end = rtnl.link_named(pod, ifname)
-        if end is not None and end.kind == "veth":
+        if end is None or end.kind != "veth":
+            return
+        peer = rtnl.link_at(host, end.peer)
+        mark = naming.mark(peer.alias) if peer is not None and peer.peer == end.ifindex else None
+        if mark is None or (mark.container, mark.ifname) == (container, ifname):
             rtnl.delete_link(pod, end.ifindex)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -187,3 +189,53 @@ def test_a_delegate_that_hangs_is_ended(
     for pid in (tmp_path / "pids").read_text().split():
         with suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
+
+
+DHCP = """
+import socket, struct, sys
+given = {}
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"cni0")
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+s.bind(("", 67)); print("ready", flush=True)
+while True:
+    data, _ = s.recvfrom(2000)
+    mac, options, at = data[28:34], {}, 240
+    while at < len(data) and data[at] != 255:
+        if data[at] == 0: at += 1; continue
+        options[data[at]] = data[at + 2 : at + 2 + data[at + 1]]; at += 2 + data[at + 1]
+    kind = options[53][0]
+    if kind not in (1, 3): continue
+    ip = bytes((10, 9, 0, given.setdefault(mac, 50 + len(given))))
+    server, mask = bytes((10, 9, 0, 1)), bytes((255, 255, 255, 0))
+    head = (2, 1, 6, 0, data[4:8], 0, 0x8000, b"", ip, server, b"", data[28:44], b"c\\x82Sc")
+    reply = struct.pack("!BBBB4sHH4s4s4s4s16s192x4s", *head)
+    reply += bytes((53, 1, 2 if kind == 1 else 5, 54, 4, *server, 51, 4, 0, 0, 14, 16, 1, 4, *mask, 3, 4, *server, 255))
+    s.sendto(reply, ("255.255.255.255", 68))
+"""
+
+
+def test_ipam_by_a_dhcp_server(runtime: Runtime, pod: Pod, tmp_path: Path) -> None:
+    """It asks through the pod's interface, which has to be there and attached before."""
+    host, path = runtime.host, str(tmp_path / "dhcp.sock")
+    host.batch("link add cni0 type bridge", "addr add 10.9.0.1/24 dev cni0", "link set cni0 up")
+    server = host.start(sys.executable, "-c", DHCP, stdout=-1)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    host.start(
+        str(REFERENCE / "dhcp"), "daemon", "-socketpath", path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    before = residue(host)
+    mappings = {"portMappings": [{"hostPort": 8080, "containerPort": 80}]}
+    ipam = {"type": "dhcp", "daemonSocketPath": path}
+    result = pod.add(runtime.conf("1.0.0", isDefaultGateway=True, ipMasq=True, ipam=ipam, runtimeConfig=mappings))
+    assert pod.addresses() == ["10.9.0.50/24"]
+    assert result["ips"] == [{"interface": 2, "address": "10.9.0.50/24", "gateway": "10.9.0.1"}]
+    assert " 10.9.0.50 " in str(links(host)[result["interfaces"][1]["name"]]["ifalias"])
+    pod.ns.run("ping", "-c1", "-W2", "10.9.0.1")
+    pod.check()
+    pod.delete()
+    after = residue(host)
+    assert after == before | {"qdisc": after["qdisc"]}

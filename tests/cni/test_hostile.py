@@ -263,6 +263,18 @@ def test_a_network_does_not_touch_anothers_attachment_of_the_same_names(
     assert runtime.host.run("nft", "list", "ruleset") == ""
 
 
+def test_del_with_a_path_that_is_anothers_by_now(runtime: Runtime, netns: Names) -> None:
+    """A process id in the path is used again (cri-o#2849); the second DEL has no record any more."""
+    conf = runtime.conf(isGateway=True, ipam=SMALL)
+    old, new = Pod(runtime, netns("old")), Pod(runtime, netns("new"))
+    old.add(conf)
+    new.add(conf)
+    old.ns.run("ip", "link", "del", "eth0")
+    for _ in range(2):
+        old.delete(netns=new.ns.path)
+        new.check()
+
+
 # --- odd names and texts
 
 
