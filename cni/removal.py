@@ -216,7 +216,11 @@ def valid_attachments(config: Mapping[str, object]) -> set[tuple[str, str]] | No
             continue
         if not isinstance(raw, list) or not all(isinstance(entry, dict) for entry in raw):
             raise CniError(spec.BAD_CONFIG, f"field {key} is not a list of objects")
-        return {(str(entry.get("containerID", "")), str(entry.get("ifname", ""))) for entry in raw}
+        found = [(entry.get("containerID"), entry.get("ifname")) for entry in raw]
+        for number, names in enumerate(found):  # who is misread here would be removed
+            if not all(isinstance(name, str) and name for name in names):
+                raise CniError(spec.BAD_CONFIG, f"field {key}[{number}]: expected containerID and ifname as text")
+        return {(str(container), str(ifname)) for container, ifname in found}
     return None
 
 

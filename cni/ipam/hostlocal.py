@@ -38,7 +38,7 @@ def folder(config: Mapping[str, Any]) -> str:
     """Return where host-local keeps the reservations of a network with this configuration."""
     ipam = config.get("ipam")
     data_dir = ipam.get("dataDir") if isinstance(ipam, Mapping) else ""
-    if not isinstance(data_dir, str) or not data_dir:
+    if not isinstance(data_dir, str) or not data_dir.startswith("/"):
         data_dir = FOLDER
     return f"{data_dir}/{config.get('name', '')}"
 

@@ -53,11 +53,7 @@ def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str, stat
     ipam = config.get("ipam")
     if not isinstance(ipam, dict):
         raise spec.CniError(spec.BAD_CONFIG, "field ipam is missing: expected an object with type and ranges")
-    sets = [
-        _range_set(raw, f"{where}[{number}]")
-        for where, raws in _raw_sets(config, ipam)
-        for number, raw in enumerate(raws)
-    ]
+    sets = list(_sets(config, ipam))
     if not sets:
         raise spec.CniError(spec.BAD_CONFIG, "field ipam.ranges: no IP ranges specified")
     _refuse_overlaps(sets)
@@ -68,19 +64,28 @@ def parse(config: Mapping[str, Any], args: Mapping[str, str], version: str, stat
         sets=tuple(sets),
         routes=tuple(_route(raw) for raw in _list(ipam.get("routes"), "ipam.routes")),
         resolv_conf=_text(ipam.get("resolvConf"), "ipam.resolvConf"),
-        data_dir=_text(ipam.get("dataDir"), "ipam.dataDir") or f"{state_dir}/ipam",
+        data_dir=_data_dir(ipam) or f"{state_dir}/ipam",
         requested=tuple(_requested(config, args)),
     )
 
 
-def _raw_sets(config: Mapping[str, Any], ipam: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield where range sets stand and the sets, in the order of precedence: run time, old flat keys, `ranges`."""
+def _data_dir(ipam: Mapping[str, Any]) -> str:
+    """Return where the reservations are to be. Agent and executable run in different folders, so a whole path it is."""
+    path = _text(ipam.get("dataDir"), "ipam.dataDir")
+    if path and not path.startswith("/"):
+        raise spec.CniError(spec.BAD_CONFIG, f"field ipam.dataDir: {path} is not an absolute path")
+    return path
+
+
+def _sets(config: Mapping[str, Any], ipam: Mapping[str, Any]) -> Iterator[RangeSet]:
+    """Yield the range sets in the order of precedence: run time, old flat keys, `ranges`."""
     runtime = _object(config.get("runtimeConfig"), "runtimeConfig")
-    yield "runtimeConfig.ipRanges", _list(runtime.get("ipRanges"), "runtimeConfig.ipRanges")
+    for number, raw in enumerate(_list(runtime.get("ipRanges"), "runtimeConfig.ipRanges")):
+        yield _range_set(raw, f"runtimeConfig.ipRanges[{number}]")
     if ipam.get("subnet"):
-        flat = {key: ipam[key] for key in ("subnet", "rangeStart", "rangeEnd", "gateway") if key in ipam}
-        yield "ipam", [[flat]]
-    yield "ipam.ranges", _list(ipam.get("ranges"), "ipam.ranges")
+        yield (_range(ipam, "ipam"),)
+    for number, raw in enumerate(_list(ipam.get("ranges"), "ipam.ranges")):
+        yield _range_set(raw, f"ipam.ranges[{number}]")
 
 
 def _range_set(raw: Any, where: str) -> RangeSet:

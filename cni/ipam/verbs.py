@@ -264,7 +264,7 @@ def _store(request: spec.Request, context: Context) -> Store:
     """Return the store, found even when the ranges of the configuration are broken by now."""
     ipam = request.config.get("ipam")
     data_dir = ipam.get("dataDir") if isinstance(ipam, Mapping) else None
-    if not isinstance(data_dir, str) or not data_dir:
+    if not isinstance(data_dir, str) or not data_dir.startswith("/"):
         data_dir = f"{netconf.state_dir(request.config)}/ipam"
     kind, bridge = request.config.get("type"), request.config.get("bridge") or "cni0"
     bridge = bridge if kind in TELLING_TYPES and isinstance(bridge, str) else ""

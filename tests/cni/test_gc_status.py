@@ -69,6 +69,16 @@ def test_gc_frees_all_that_is_not_valid(runtime: Runtime, netns: Names) -> None:
     assert runtime.host.run("nft", "list", "ruleset") == ""
 
 
+@pytest.mark.parametrize("entry", [{}, {"containerID": "c"}, {"containerID": 5, "ifname": "eth0"}, "c", None])
+def test_gc_removes_nobody_when_it_cannot_read_who_is_valid(runtime: Runtime, pod: Pod, entry: Any) -> None:
+    conf = runtime.conf(isGateway=True, ipMasq=True, ipam=SMALL)
+    pod.add(conf)
+    with pytest.raises(CniFailure, match="valid-attachments") as refused:
+        runtime.call("GC", conf | {"cni.dev/valid-attachments": [entry]})
+    assert refused.value.code == 7
+    pod.check()
+
+
 def test_gc_without_a_list_frees_only_what_is_gone(runtime: Runtime, netns: Names) -> None:
     conf = runtime.conf(isGateway=True, ipMasq=True, ipam=SMALL)
     here, gone = Pod(runtime, netns("here")), Pod(runtime, netns("gone"))

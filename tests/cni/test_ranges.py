@@ -40,6 +40,8 @@ REFUSED = [
     ({"subnet": "10.0.0.0/24", "routes": [{}]}, "ipam.routes"),
     ({"subnet": "10.0.0.0/24", "routes": [{"dst": "10.0.0.0/8", "gw": "fd00::1"}]}, "ipam.routes"),
     ({"subnet": "10.0.0.0/24", "dataDir": 5}, "ipam.dataDir"),
+    ({"subnet": "10.0.0.0/24", "dataDir": "here"}, "ipam.dataDir: here is not an absolute path"),
+    ({"subnet": "10.0.0.0/24", "gateway": 5}, "field ipam.gateway is not text"),
 ]
 
 
