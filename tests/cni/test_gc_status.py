@@ -84,7 +84,7 @@ def test_gc_without_a_list_frees_only_what_is_gone(runtime: Runtime, netns: Name
     here, gone = Pod(runtime, netns("here")), Pod(runtime, netns("gone"))
     here.add(conf)
     gone.add(conf)
-    gone.ns.close()
+    gone.vanish()
     runtime.call("GC", conf)
     assert gone.container not in runtime.host.run("nft", "list", "ruleset")
     here.check()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cni import naming
 from support.cni import CniFailure, Pod, Runtime, residue
 from support.netns import Names, Namespace, connect
 
@@ -231,13 +229,9 @@ def test_a_port_is_claimed_even_when_the_records_are_lost(bench: Bench, netns: N
 
 
 def test_the_port_of_a_dead_pod_is_free(bench: Bench, netns: Names) -> None:
-    dead, heir = netns("dead"), Pod(bench.runtime, netns("heir"))
-    pod = Pod(bench.runtime, dead)
-    pod.add(bench.conf(tcp()))
-    dead.close()
-    # the kernel takes a namespace's links away in its own time, and a pod counts as alive as long as its link is there
-    while naming.host_link(pod.container, "eth0") in bench.host.run("ip", "-br", "link"):
-        time.sleep(0.01)
+    dead, heir = Pod(bench.runtime, netns("dead")), Pod(bench.runtime, netns("heir"))
+    dead.add(bench.conf(tcp()))
+    dead.vanish()
     heir.add(bench.conf(tcp()))
     serve(heir)
     assert ask(bench.client, "tcp", "192.0.2.1", 8080) == f"{heir.container} 192.0.2.9"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,7 @@ def test_no_running_pod_loses_its_address(chain: Chain, netns: Names) -> None:
     with pytest.raises(CniFailure, match="no IP addresses available"):
         pods[11].add(chain.ours)
     pods[0].ns.run("ping", "-c1", "-W2", "10.9.0.2")
-    nameless.ns.close()
-    while nameless.result["interfaces"][1]["name"] in links(runtime.host):
-        time.sleep(0.01)  # the kernel takes a namespace's links away in its own time
+    nameless.vanish()
     pods[11].add(chain.ours)  # its address is known by the link, and free when that is gone
     assert pods[11].ip == "10.9.0.3"
     pods[0].check()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,13 @@ class Pod:
     def check(self, conf: dict[str, Any] | None = None) -> None:
         with_result = (conf or self.conf) | {"prevResult": self.result}
         assert self.runtime.call("CHECK", with_result, self.container, self.ns.path) == {}
+
+    def vanish(self) -> None:
+        """Let the namespace go, and wait for its links, which the kernel takes away in its own time."""
+        self.ns.close()
+        veth = next(one["name"] for one in self.result["interfaces"] if one["name"].startswith("veth"))
+        while veth in links(self.runtime.host):
+            time.sleep(0.01)
 
     def addresses(self, family: str = "-4") -> list[str]:
         return addresses(self.ns, "eth0", family)
