@@ -27,6 +27,7 @@ IDLE = 75.0  # seconds of silence after which a watch is asked for again; bookma
 INITIAL_IDLE = 5.0  # the same within a streaming list: a server that knows none says nothing at its end
 LIFE = (300, 600)  # seconds that a watch lives, at random, so that a fleet does not return at once
 BACKOFF = (0.5, 30.0)  # first and longest pause between failures, seconds; ±50 % at random
+LONGEST_ASKED = 120.0  # seconds that we wait at most where a server, or whoever answers for it, asks for more
 ABSENT_PAUSE = 300.0  # seconds until a resource that may be missing is asked for again
 _ABSENT = (403, 404)  # as a server answers that does not let a resource be read, or does not have it
 _STOP_WAIT = 2.0
@@ -162,7 +163,7 @@ class ApiServer:
                 log.info("watch goes on", extra=logs.fields(kind=kind, version=reflector.version))
                 told.clear()
             if failures or lost:
-                stop.wait(max(self._pause(max(failures, relists)), outcome.wait))
+                stop.wait(max(self._pause(max(failures, relists)), min(outcome.wait, LONGEST_ASKED)))
 
     def _pause(self, attempt: int) -> float:
         """Return how long to wait after so many failures in a row, seconds."""
@@ -178,8 +179,8 @@ class ApiServer:
         try:
             if isinstance(request, List):
                 changes = reflector.page(self._transport.get(resource.path, query))
-                problem = self._take(reflector.kind, changes, started)
-                return Outcome(problem, fruitful=not problem)
+                problem, wait = self._take(reflector.kind, changes, started)
+                return Outcome(problem, fruitful=not problem, wait=wait)
             initial = request.initial
             idle = INITIAL_IDLE if initial else self._idle
             with self._transport.watch(resource.path, query, idle) as stream:
@@ -189,11 +190,11 @@ class ApiServer:
                     if initial and not reflector.listing:
                         initial = False
                         stream.allow_silence(self._idle)
-                    problem = self._take(reflector.kind, changes, time.monotonic())
+                    problem, wait = self._take(reflector.kind, changes, time.monotonic())
                     if problem or stop.is_set():
-                        return Outcome(problem, fruitful=fruitful and not problem)
+                        return Outcome(problem, fruitful=fruitful and not problem, wait=wait)
             if initial:
-                return Outcome(self._take(reflector.kind, reflector.interrupted("it ended early"), started))
+                return Outcome(self._take(reflector.kind, reflector.interrupted("it ended early"), started)[0])
             return Outcome(fruitful=fruitful, barren=not fruitful and time.monotonic() - started < 1)
         except Refused as error:
             if error.status.code == 400 and resource.fields and "field label" in error.status.message:
@@ -218,20 +219,21 @@ class ApiServer:
             log.exception("watch failed; going on", extra=logs.fields(kind=reflector.kind))
             return Outcome(f"{type(error).__name__}: {error}")
 
-    def _take(self, kind: str, changes: list[Change], received: float) -> str:
-        """Hand changes on; return why the answer they came in cannot be followed further, or ""."""
-        problem = ""
+    def _take(self, kind: str, changes: list[Change], received: float) -> tuple[str, float]:
+        """Hand changes on; return why their answer cannot be followed further, or "", and how long to wait then."""
+        problem, wait = "", 0.0
         told: list[Change] = []
         for change in changes:
             if isinstance(change, BadObject):
                 log.error("object cannot be read; its last good form stays", extra=logs.fields(reason=change))
             elif isinstance(change, Relist | Broken):
                 problem = change.reason
+                wait = change.wait if isinstance(change, Broken) else 0.0
             else:
                 told.append(change)
         if told:
             self._queue.put((kind, received, told))
-        return problem
+        return problem, wait
 
 
 def query_of(request: List | Watch, resource: Resource) -> dict[str, str]:

@@ -60,9 +60,10 @@ class Relist(msgspec.Struct, frozen=True):
 
 
 class Broken(msgspec.Struct, frozen=True):
-    """This answer cannot be followed any further: end it and ask again."""
+    """This answer cannot be followed any further: end it and ask again, in `wait` seconds or later."""
 
     reason: str
+    wait: float = 0.0
 
 
 Change = Replace | Upsert | Delete | Relist | Broken | BadObject
@@ -234,7 +235,8 @@ class Reflector:
         self._broken += 1
         if self._broken >= _BROKEN_LIMIT and status.code not in (*_PASSING, 503):
             return self._start_over(status.message)
-        return Broken(f"{status.code} {status.reason}: {status.message}")
+        wait = float(status.details.retry_after_seconds) if status.details else 0.0
+        return Broken(f"{status.code} {status.reason}: {status.message}", wait)
 
     def _start_over(self, reason: str) -> Relist:
         self.listing = True

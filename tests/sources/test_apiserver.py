@@ -364,6 +364,27 @@ def test_a_storm_of_errors_is_told_once_a_reason_and_met_with_patience(
         consumer.close()
 
 
+def test_a_server_that_asks_for_a_days_patience_is_asked_again_sooner(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pynet.sources.apiserver.LONGEST_ASKED", 0.2)
+    busy = ApiError(429, "TooManyRequests", "slow down", {"retryAfterSeconds": 86400}, {"Retry-After": "86400"})
+    consumer = Consumer(server)
+    try:
+        consumer.wait(set())
+        within = server.faults.add(Fault("services", "watch", tells=busy))
+        server.drop_connections()
+        wait_for(lambda: within.met, "it is told within the watch")
+        server.put(service("a"))
+        consumer.wait({"a"})
+        server.faults.add(Fault("services", "watch", error=busy))
+        server.drop_connections()
+        server.put(service("b"))
+        consumer.wait({"a", "b"})
+    finally:
+        consumer.close()
+
+
 def test_a_watch_that_always_ends_at_once_is_met_with_patience(server: Server) -> None:
     server.put(service("a"))
     consumer = Consumer(server, backoff=(0.05, 60))

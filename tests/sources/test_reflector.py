@@ -285,3 +285,12 @@ def test_a_version_of_the_future_is_given_up() -> None:
     status = recorded.answer("error-rv-too-large")["body"]
     (change,) = reflector.refused(msgspec.convert(status, Status))
     assert isinstance(change, Relist)
+
+
+def test_an_error_within_a_watch_says_how_long_to_wait() -> None:
+    reflector = Reflector("Service")
+    (reflector.listing, reflector.version) = (False, "5")
+    status = b'{"code":429,"reason":"TooManyRequests","message":"slow","details":{"retryAfterSeconds":3}}'
+    (change,) = reflector.feed(b'{"type":"ERROR","object":' + status + b"}\n")
+    assert change == Broken("429 TooManyRequests: slow", 3.0)
+    assert reflector.request() == Watch("5")
