@@ -27,6 +27,15 @@ def ifb_link(container: str, ifname: str) -> str:
     return "ifbp" + _hash(container, ifname)
 
 
+def mac(link: str) -> str:
+    """Return the hardware address of a link on the host, locally administered.
+
+    One that is set stays: systemd's MACAddressPolicy changes those that the kernel has drawn (plugins#805).
+    """
+    digest = blake2b(link.encode(), digest_size=5).hexdigest()
+    return ":".join(["02", *(digest[at : at + 2] for at in range(0, 10, 2))])
+
+
 def number(container: str, ifname: str) -> int:
     """Return a number of 64 bits that is the attachment's own."""
     return int.from_bytes(_digest(container, ifname), "big")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from cni import naming
 from cni.netconf import Bandwidth
 from cni.spec import FAILED, CniError
 from pynet.kernel import netlink, rtnl, tc
@@ -35,7 +36,7 @@ def shape(host: netlink.Socket, veth: rtnl.Link, ifb_name: str, alias: str, limi
     if stale is not None:
         rtnl.delete_link(host, stale.ifindex)
     try:
-        rtnl.add_link(host, ifb_name, "ifb", alias=alias, mtu=veth.mtu)
+        rtnl.add_link(host, ifb_name, "ifb", alias=alias, mtu=veth.mtu, mac=naming.mac(ifb_name))
     except netlink.NetlinkError as error:
         if error.errno == errno.EOPNOTSUPP:
             raise CniError(FAILED, "bandwidth: this kernel has no ifb devices (CONFIG_IFB)") from None

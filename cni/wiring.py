@@ -180,7 +180,7 @@ def connect(
             rtnl.add_veth(
                 host, host_name, ifname, pod_netns,
                 master=bridge.ifindex, mtu=conf.mtu, mac=conf.mac, alias=alias,
-                hairpin=conf.port_hairpin, isolated=conf.port_isolation,
+                hairpin=conf.port_hairpin, isolated=conf.port_isolation, host_mac=naming.mac(host_name),
             )  # fmt: skip
             break
         except netlink.NetlinkError as error:

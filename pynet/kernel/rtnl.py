@@ -192,6 +192,7 @@ def add_bridge(sock: netlink.Socket, name: str, mac: str, mtu: int = 0, *, vlan_
 def add_veth(
     sock: netlink.Socket, host: str, peer: str, peer_netns: int, *,
     master: int = 0, mtu: int = 0, mac: str = "", alias: str = "", hairpin: bool = False, isolated: bool = False,
+    host_mac: str = "",
 ) -> None:  # fmt: skip
     """Make a veth pair with both ends where they belong: `host` here, up, under `master`; `peer`, down, there.
 
@@ -205,6 +206,8 @@ def add_veth(
         body += u32(4, mtu)
     if mac:
         end += attr(1, mac_bytes(mac))
+    if host_mac:
+        body += attr(1, mac_bytes(host_mac))
     if master:
         body += u32(10, master)
     body += nest(18, text(1, "veth"), nest(2, attr(1, end)))
@@ -219,14 +222,17 @@ def add_veth(
 
 
 def add_link(
-    sock: netlink.Socket, name: str, kind: str, *, alias: str = "", up: bool = True, mtu: int = 0, link: int = 0
-) -> None:
+    sock: netlink.Socket, name: str, kind: str, *, alias: str = "", up: bool = True, mtu: int = 0, link: int = 0,
+    mac: str = "",
+) -> None:  # fmt: skip
     """Make a link that needs nothing but its kind, such as an ifb or a dummy."""
     body = _IFINFO.pack(0, 0, 0, IFF_UP if up else 0, IFF_UP if up else 0) + text(3, name)
     if mtu:
         body += u32(4, mtu)
     if link:
         body += u32(5, link)
+    if mac:
+        body += attr(1, mac_bytes(mac))
     settings = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, name) + attr(20, alias.encode()[:255])
     made, set_up = sock.batch(
         [(NEWLINK, netlink.CREATE | netlink.EXCL, body + nest(18, text(1, kind))), (NEWLINK, 0, settings)]

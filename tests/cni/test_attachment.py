@@ -178,9 +178,12 @@ def test_an_mtu_below_what_ipv6_needs(runtime: Runtime, pod: Pod) -> None:
 
 
 def test_an_l2_network(runtime: Runtime, pod: Pod) -> None:
-    result = pod.add(runtime.conf())
+    result = pod.add(runtime.conf(egressRate=8_000_000))
+    for number in (0, 1, 3):  # bridge, veth, ifb: set addresses (NET_ADDR_SET), which systemd does not change
+        name = result["interfaces"][number]["name"]
+        assert runtime.host.run("cat", f"/sys/class/net/{name}/addr_assign_type") == "3\n"
     assert "ips" not in result
-    assert len(result["interfaces"]) == 3
+    assert len(result["interfaces"]) == 4
     assert links(pod.ns)["eth0"]["operstate"] == "UP"
     pod.check()
     pod.delete()
