@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from apiserver import errors, kinds, patches, services
+from apiserver import allocation, errors, kinds, patches
 from apiserver.resources import BY_KIND, NAMED, RESOURCES, Resource
 from apiserver.store import Store, now
 
@@ -18,7 +18,7 @@ NAMESPACES = ("default", "kube-node-lease", "kube-public", "kube-system")
 class Api:
     """The verbs over one store."""
 
-    def __init__(self, store: Store, allocator: services.Allocator) -> None:
+    def __init__(self, store: Store, allocator: allocation.Allocator) -> None:
         self.store = store
         self._allocator = allocator
         self._applied: dict[str, dict[str, Json]] = {}  # uid → manager → what it applied last
@@ -250,15 +250,9 @@ class Api:
             kinds.check(resource, obj)
             return obj
         kinds.check(resource, obj)
-        if known:
-            obj = services.carried_over(obj, known)
-        obj = services.with_defaults(obj)
-        found = services.problems(obj, known)
-        if found:
-            raise errors.invalid("", "Service", obj["metadata"]["name"], found)
         uid = known["metadata"]["uid"] if known else None
         others = [other for other in self.store.all(resource) if other["metadata"]["uid"] != uid]
-        return self._allocator.allocate(obj, known, others)
+        return allocation.admitted(obj, known, others, self._allocator)
 
 
 def scale_of(obj: Json) -> Json:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from apiserver import services
+from apiserver import allocation
 from apiserver.api import Api
 from apiserver.faults import Script
 from apiserver.handler import Handler, Request
@@ -56,7 +56,7 @@ class Server:
         say what each may do (`authorization`). `streaming`: streaming lists are offered.
         """
         self.store = store or Store()
-        self.api = Api(self.store, services.Allocator(service_ranges))
+        self.api = Api(self.store, allocation.Allocator(service_ranges))
         self.faults = Script()
         self.requests: list[Request] = []
         self.tokens = tokens

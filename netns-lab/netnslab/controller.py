@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from apiserver import services
+from apiserver.allocation import Allocator, admitted
+from apiserver.errors import ApiError
 from pynet.objects import CLUSTER_SCOPED
 
 from .state import PodRecord
 
 Manifest = dict[str, Any]
 SLICE_LIMIT = 100  # endpoints
-NODE_PORTS = range(30000, 32768)
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 SERVICE_NAME = "kubernetes.io/service-name"
 MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
@@ -47,65 +48,22 @@ def service_defaults(
     ranges: Mapping[str, Mapping[str, str]],
     families: Sequence[str],
 ) -> Manifest:
-    """Return a Service as the API server stores it: defaults filled in, addresses and node ports allocated.
+    """Return a Service as the API server stores it. What is allocated starts from its name, so it stays the same.
 
     `existing`: the same Service as it is now, whose allocations stay; `others`: all other Services; `ranges`:
     networks by kind (`services`, `load-balancers`) and family; `families`: those of the cluster.
     """
-    spec: dict[str, Any] = {**(service.get("spec") or {})}
-    old: Mapping[str, Any] = (existing or {}).get("spec") or {}
     name = "/".join(identity(service)[1:])
-    spec.setdefault("type", "ClusterIP")
-    spec.setdefault("sessionAffinity", "None")
-    spec.setdefault("internalTrafficPolicy", "Cluster")
-    for problem in services.problems(services.with_defaults(service), dict(existing) if existing else None):
-        raise BadManifest(f"Service {name}: {problem.field}: {problem.message}")
-    if spec["type"] == "ExternalName":
-        return {**service, "spec": spec}
-    spec["ports"] = [{"protocol": "TCP", "targetPort": port["port"], **port} for port in spec.get("ports") or ()]
-    _allocate_addresses(name, spec, old, others, ranges["services"], families)
-    if spec["type"] != "ClusterIP":
-        spec.setdefault("externalTrafficPolicy", "Cluster")
-        _allocate_node_ports(name, spec, old, others)
-    result = {**service, "spec": spec}
-    if spec["type"] == "LoadBalancer" and not service.get("status"):
-        result["status"] = (existing or {}).get("status") or _load_balancer(spec, others, ranges)
+    known = dict(existing) if existing else None
+    allocator = Allocator([ranges["services"][family] for family in families], seed=zlib.crc32(name.encode()))
+    try:
+        result = admitted(dict(service), known, [dict(other) for other in others], allocator)
+    except ApiError as error:
+        raise BadManifest(error.message) from None
+    if result["spec"]["type"] == "LoadBalancer" and not service.get("status"):
+        had = ((known or {}).get("status") or {}).get("loadBalancer")
+        result["status"] = {"loadBalancer": had} if had else _load_balancer(result["spec"], others, ranges)
     return result
-
-
-def _allocate_addresses(
-    name: str,
-    spec: dict[str, Any],
-    old: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
-    ranges: Mapping[str, str],
-    families: Sequence[str],
-) -> None:
-    if spec.get("clusterIP") == "None":
-        spec["clusterIPs"] = ["None"]
-        spec.setdefault("ipFamilies", list(families[:1]))
-        return
-    given = list(spec.get("clusterIPs") or ([spec["clusterIP"]] if spec.get("clusterIP") else []))
-    policy = spec.setdefault("ipFamilyPolicy", "SingleStack")
-    wanted = list(spec.get("ipFamilies") or [family_of(address) for address in given] or families[:1])
-    if policy != "SingleStack" and len(wanted) == 1:
-        wanted += [family for family in families if family not in wanted]
-    missing = [family for family in wanted if family not in families]
-    if missing:
-        raise BadManifest(f"Service {name}: spec.ipFamilies: {missing[0]}: not a family of this lab (lab up --ipv6)")
-    taken = {address for other in others for address in (other.get("spec") or {}).get("clusterIPs") or ()}
-    kept = {family_of(address): address for address in old.get("clusterIPs") or () if address != "None"}
-    addresses = []
-    for index, family in enumerate(wanted):
-        if index < len(given):
-            if given[index] in taken:
-                raise BadManifest(f"Service {name}: spec.clusterIP: {given[index]} is already allocated")
-            addresses.append(given[index])
-        elif family in kept:
-            addresses.append(kept[family])
-        else:
-            addresses.append(_free(ranges[family], f"{name}/{family}", taken))
-    spec["clusterIP"], spec["clusterIPs"], spec["ipFamilies"] = addresses[0], addresses, wanted
 
 
 def _free(network: str, key: str, taken: Collection[str]) -> str:
@@ -118,42 +76,6 @@ def _free(network: str, key: str, taken: Collection[str]) -> str:
         if address not in taken:
             return address
     raise BadManifest(f"no address left in {network}")
-
-
-def _allocate_node_ports(
-    name: str, spec: dict[str, Any], old: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
-) -> None:
-    taken = {(port["protocol"], port["nodePort"]) for other in others for port in _ports_of(other)}
-    kept = {(port["protocol"], port["port"]): port["nodePort"] for port in _ports_of({"spec": old})}
-    wanted = spec.get("allocateLoadBalancerNodePorts", True) or spec["type"] == "NodePort"
-    for index, port in enumerate(spec["ports"]):
-        if port.get("nodePort"):
-            if (port["protocol"], port["nodePort"]) in taken:
-                raise BadManifest(
-                    f"Service {name}: spec.ports[{index}].nodePort: {port['nodePort']} is already allocated"
-                )
-        elif (port["protocol"], port["port"]) in kept:
-            port["nodePort"] = kept[port["protocol"], port["port"]]
-        elif wanted:
-            key = f"{name}/{port['protocol']}/{port['port']}"
-            start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-            candidates = (NODE_PORTS[(start + step) % len(NODE_PORTS)] for step in range(len(NODE_PORTS)))
-            port["nodePort"] = next(number for number in candidates if (port["protocol"], number) not in taken)
-        if port.get("nodePort"):
-            taken.add((port["protocol"], port["nodePort"]))
-    local = spec["type"] == "LoadBalancer" and spec["externalTrafficPolicy"] == "Local"
-    if local and not spec.get("healthCheckNodePort"):
-        used = {number for _, number in taken} | {
-            (other.get("spec") or {}).get("healthCheckNodePort", 0) for other in others
-        }
-        free = next(number for number in reversed(NODE_PORTS) if number not in used)
-        spec["healthCheckNodePort"] = old.get("healthCheckNodePort") or free
-
-
-def _ports_of(service: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for port in (service.get("spec") or {}).get("ports") or ():
-        if port.get("nodePort"):
-            yield {"protocol": "TCP", **port}
 
 
 def _load_balancer(

@@ -158,7 +158,7 @@ def test_a_mistake_is_answered_with_what_was_expected(lab, words, says, monkeypa
         ("kind: Service\nmetadata: {}", "metadata.name: missing"),
         (
             "kind: Service\nmetadata: {name: x}\nspec: {type: Odd}",
-            'default/x: spec.type: Unsupported value: "Odd"',
+            'Service "x" is invalid: spec.type: Unsupported value: "Odd"',
         ),
         ("- 1", "expected objects with apiVersion and kind"),
         ("a: [", "line 2, column 1"),

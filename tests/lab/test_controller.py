@@ -66,13 +66,17 @@ def test_no_two_services_share_an_address_or_a_node_port():
 @pytest.mark.parametrize(
     ("given", "others", "says"),
     [
-        (service(clusterIP="10.96.0.9"), [stored(service("a", clusterIP="10.96.0.9"))], "spec.clusterIP: 10.96.0.9"),
+        (
+            service(clusterIP="10.96.0.9"),
+            [stored(service("a", clusterIP="10.96.0.9"))],
+            "10.96.0.9: provided IP is already allocated",
+        ),
         (
             service(type="NodePort", ports=[{"port": 1, "nodePort": 30000}]),
             [stored(service("a", type="NodePort", ports=[{"port": 2, "nodePort": 30000}]))],
-            "nodePort: 30000",
+            r"spec.ports\[0\].nodePort: Invalid value: 30000: provided port is already",
         ),
-        (service(ipFamilies=["IPv6"]), [], "spec.ipFamilies: IPv6"),
+        (service(ipFamilies=["IPv6"]), [], r'spec.ipFamilies\[0\]: Invalid value: "IPv6"'),
         (service(type="Server"), [], 'spec.type: Unsupported value: "Server"'),
         (service("Bad_Name"), [], "metadata.name: Invalid value"),
         (service(ports=[{"port": 99999}]), [], r"spec.ports\[0\].port: Invalid value: 99999"),
