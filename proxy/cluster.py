@@ -92,7 +92,9 @@ class Cluster:
         if known.version != SNAPSHOT:
             return False
         self._services, self._endpoints = known.services, known.endpoints
-        self._cidrs, self.node = known.cidrs, known.node
+        self._cidrs = known.cidrs
+        if known.node and known.node.metadata.name == self._node_name:  # else the file came with an image or a copy
+            self.node = known.node
         touched: set[str] = set()
         for name, piece in known.slices.items():
             self._put_slice(name, piece, touched)

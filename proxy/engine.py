@@ -105,6 +105,7 @@ class Engine:
         self._lock = threading.Lock()
         self._queue: list[Batch] = []
         self._silent = set(kinds)
+        self._is_state_read = False
         self._started = clock()
         self.cluster = Cluster(settings.node_name)
         self._planners = {family: Planner(family, surroundings(settings, family, None)) for family in families}
@@ -196,14 +197,15 @@ class Engine:
         """Whether enough is known: every kind was delivered, or no source says anything and a state file speaks."""
         if not self._silent or self._is_loaded:
             return True
-        if self._snapshots and now - self._started >= _SILENT_SOURCE_SECONDS:
+        if self._snapshots and not self._is_state_read and now - self._started >= _SILENT_SOURCE_SECONDS:
+            self._is_state_read = True
             state = self._snapshots.load()
             if state is not None and self.cluster.restore(state):
-                log.warning(
-                    "source is silent: starting from the state file",
-                    extra=logs.fields(waiting_for=sorted(self._silent)),
-                )
+                waiting = logs.fields(waiting_for=sorted(self._silent))
+                log.warning("source is silent: starting from the state file", extra=waiting)
                 return True
+            if state is not None:
+                log.warning("state file is another version's: waiting for the source, and replacing it then")
         return False
 
     def _plan(self, names: Iterable[str], is_around_new: bool) -> None:
@@ -286,13 +288,13 @@ class Engine:
 
     def _finish(self) -> None:
         """Tell that everything known is in the kernel."""
+        if not self._is_announced:  # healthy is who has nothing else standing that would answer in place of this mode
+            self._is_announced = True
+            self._first_written()
         self._health.written(self._clock())
         for family in self._planners:
             self._metrics.nothing_pending(family)
         self._note_triggers()
-        if not self._is_announced:
-            self._is_announced = True
-            self._first_written()
 
     def _note_refused(self, refused: dict[Suspect, str]) -> None:
         for (family, key), reason in refused.items():

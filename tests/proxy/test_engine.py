@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from proxy.cluster import KINDS
+from proxy.cluster import KINDS, Cluster
 from proxy.config import Settings
 from proxy.engine import Engine, seconds_since
 from proxy.health import Health
@@ -119,6 +119,7 @@ class Bench:
 
     def _announce(self) -> None:
         self.announced += 1
+        self.was_healthy = self.health.is_healthy()
 
     def tell(self, *objects: Object, deletes: tuple[Ref, ...] = (), replaced: frozenset[str] = frozenset()) -> None:
         self.engine.deliver(Batch(upserts=objects, deletes=deletes, replaced=replaced))
@@ -295,6 +296,39 @@ def test_a_damaged_state_file_is_not_believed(tmp_path: Path, harm: bytes) -> No
     later.now += 4
     later.engine.work()
     assert later.kernel.calls == []
+
+
+def test_a_state_file_of_another_version_is_named_once_and_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    StateFile(tmp_path / "state").store(lambda: b"\x81\xa7version\x00", 1, 0.0)
+    later = Bench(state=StateFile(tmp_path / "state"))
+    for _ in range(5):
+        later.now += 4
+        later.engine.work()
+    assert later.kernel.calls == []
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["state file is another version's"]
+    later.start(*web())
+    assert later.services == {"web"}
+
+
+def test_a_state_file_of_another_node_says_nothing_of_this_one(tmp_path: Path) -> None:
+    other = Cluster("n9")
+    other.apply(Batch((*web(), Node(metadata=Metadata(name="n9", labels={"topology.kubernetes.io/zone": "far"})))))
+    StateFile(tmp_path / "state").store(other.snapshot, 1, 0.0)
+    later = Bench(state=StateFile(tmp_path / "state"))
+    later.now += 4
+    later.engine.work()
+    assert later.services == {"web"}
+    assert later.engine.cluster.node is None
+
+
+def test_healthy_is_who_has_removed_the_other_modes() -> None:
+    bench = Bench()
+    bench.start(*web())
+    assert bench.announced == 1
+    assert not bench.was_healthy
+    assert bench.health.is_healthy()
 
 
 def test_seconds_since_a_trigger() -> None:

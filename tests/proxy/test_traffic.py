@@ -240,12 +240,19 @@ def test_what_nobody_has_of_a_service_cidr_is_dropped(stage: Stage, family: Fami
     """Beside the cluster IPs, the net of the node itself, of other nodes and of far pods, which nobody should name."""
     if stage.mode.name == "ipvs":
         return  # it does not know them: docs/semantics.md
+    length, host = (32, stage.net["other"].v4) if family is Family.V4 else (128, stage.net["other"].v6)
+    address = f"{BASE[family]}200"  # another node answers there, as long as it may
+    stage.net["other"].namespace.run("ip", "address", "replace", f"{address}/{length}", "dev", "lo")
+    stage.net.node.run("ip", "route", "replace", f"{address}/{length}", "via", host)
+    stage.show(of_all_kinds())
+    assert [stage.net.ask(client, address, 80) for client in ("pod1", "node")] == [REFUSED] * 2
     overlaps = ["192.168.77.0/24", "fd00:77::/64"]
     if stage.mode.name != "userspace":  # which connects to a pod as any program of the node would
         overlaps += ["10.244.0.0/16", "fd00:244::/32"]
     stage.show(of_all_kinds(), service_cidrs=("10.96.0.0/16", "fd00:96::/112", *overlaps))
     for client in CLIENTS:
-        stage.check(family, client, f"{BASE[family]}200", 80)
+        if client not in ("far", "other"):  # which meet the address before they meet the node
+            stage.check(family, client, address, 80)
         stage.check(family, client, f"{BASE[family]}1", 1001)  # a Service, whose pods are in there as well
         stage.check(family, client, stage.addresses(family, "node")[0], 30001)
     stage.show(of_all_kinds())

@@ -78,6 +78,9 @@ class IptablesMode:
         # rules take 18 s at once and 3 s in parts. The legacy kernel replaces the whole table at each transaction.
         self._rules_at_once = _RULES_AT_ONCE if self.backend == "nft" else None
         self._standing: dict[Family, Standing] = {}
+        self._unsure: set[Family] = (
+            set()
+        )  # where a change failed: the directory is ahead, parts of the change may stand
         self._watchers: dict[Family, Watcher] = {}
         self._is_alone = False
 
@@ -93,7 +96,7 @@ class IptablesMode:
         """Rewrite the chains of the servers that changed. Raise `ApplyError`."""
         return _sum(
             self._update(change)
-            if change.old.settings == change.new.settings and change.new.family in self._standing
+            if change.old.settings == change.new.settings and change.new.family in self._standing.keys() - self._unsure
             else self._converge(change.new)[0]
             for change in changes
         )
@@ -211,10 +214,12 @@ class IptablesMode:
             self._watchers[plan.family] = Watcher(tool)
         self._watchers[plan.family].wrote_all(wanted, foreign)
         self._standing[plan.family] = Standing(plan, directory, trees)
+        self._unsure.discard(plan.family)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered), wrong
 
     def _update(self, change: PlanChange) -> Written:
         began = time.monotonic()
+        self._unsure.add(change.new.family)
         standing = self._standing[change.new.family]
         before: Chains = {}
         after: Chains = {}
@@ -246,6 +251,7 @@ class IptablesMode:
             for step in steps:
                 self._watchers[change.new.family].wrote(step.table, step.replaced, step.differing)
         self._standing[change.new.family] = Standing(change.new, standing.directory, trees)
+        self._unsure.discard(change.new.family)
         return Written(script.count("\n-A "), rendered - began, time.monotonic() - rendered)
 
     def _restore(self, tool: Tool, script: str, plan: Plan) -> None:

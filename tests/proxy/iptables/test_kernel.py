@@ -221,6 +221,23 @@ def test_the_service_at_fault_is_named(netns: Names, backend: Backend) -> None:
 
 
 @both
+def test_after_a_refusal_the_next_change_makes_all_right(netns: Names, backend: Backend) -> None:
+    moved = server("a/web", cluster_ip("10.96.0.77", 80), cluster=(Endpoint("999.1.1.1", 8080),))
+    right = server("a/web", cluster_ip("10.96.0.78", 80), cluster=(POD2,))
+    refused, wanted = (plan(*{**full().servers, each.key: each}.values()) for each in (moved, right))
+    with inside(netns("node")):
+        mode = IptablesMode(backend)
+        mode.sync([full()])
+        with pytest.raises(ApplyError):
+            mode.update([PlanChange(full(), refused, (moved.key,))])
+        mode.update([PlanChange(full(), wanted, (right.key,))])
+        assert not mode.tampered()
+        assert mode.audit().found == ()
+        mode.update([PlanChange(wanted, full(), (right.key,))])
+        assert mode.audit().found == ()
+
+
+@both
 def test_load_balancers_reach_health_check_node_ports_as_they_come_and_go(netns: Names, backend: Backend) -> None:
     """Also through an INPUT chain that drops: as kube-proxy has it. Twenty of them make a tree."""
     base = plan(server("a/web", cluster_ip("10.96.0.1", 80), cluster=(POD1,)))
