@@ -26,6 +26,12 @@ def remove(tag: str) -> None:
             tool.restore(script)
 
 
+def remove_strays(network: str, spared: set[str]) -> None:
+    """Remove the jumps of a network's attachments whose tags are not spared."""
+    for tag in {tag for _, saved in _saved() for tag in masquerade.iptables_tags(saved, network)} - spared:
+        remove(tag)
+
+
 def missing(networks: list[tuple[str, str]], exceptions: tuple[str, ...], tag: str) -> str:
     """Return the first pod address that is not masqueraded, nothing when all are."""
     for version, mine in _by_version(networks).items():

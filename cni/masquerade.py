@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from _blake2 import blake2b  # hashlib would load all of OpenSSL
 
 from cni.ruleset import HERE
@@ -76,6 +77,12 @@ def iptables_removal(saved: str, tag: str) -> str:
     script = ["*nat", *(f"-D{line[2:]}" for line in jumps)]
     script += [f"-F {name}" for name in unused] + [f"-X {name}" for name in unused]
     return "\n".join([*script, "COMMIT", ""])
+
+
+def iptables_tags(saved: str, network: str) -> set[str]:
+    """Return the tags of a network's attachments in a saved nat table."""
+    tag = re.compile(rf'-A POSTROUTING .*--comment "({re.escape(network)} \S+)" -j PYNET-CNI-')
+    return {found[1] for line in saved.splitlines() if (found := tag.match(line))}
 
 
 def iptables_has(saved: str, address: str, subnet: str, exceptions: tuple[str, ...], tag: str) -> bool:

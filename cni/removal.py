@@ -72,7 +72,8 @@ def delete(request: Request, environment: Mapping[str, str], context: Context, p
             predecessor.clear(*who, before, host, failures.attempt)
             addresses = tuple(dict.fromkeys((*addresses, *before)))
         bridge = record.bridge if record else _bridge(request)
-        clear(who, record, addresses, bridge, host, book, context, failures, pod, links=links)
+        iptables = record.iptables if record else _uses_iptables(request)
+        clear(who, record, addresses, bridge, host, book, context, failures, pod, links=links, iptables=iptables)
         failures.attempt("IPAM", lambda: _release(request, environment, context))
         step("del-ipam")
         finish(record, book, host, failures)
@@ -92,7 +93,7 @@ def _has_own_links(who: Attachment, record: journal.Record | None, host: netlink
 def clear(
     who: Attachment, record: journal.Record | None, addresses: tuple[str, ...], bridge: str,
     host: netlink.Socket, book: journal.Journal, context: Context, failures: Failures, pod: int = -1,
-    *, links: bool = True,
+    *, links: bool = True, iptables: bool = False,
 ) -> None:  # fmt: skip
     """Remove links (if they are its own) and rules of an attachment, and what the kernel remembers of its addresses."""
     name = naming.host_link(who.container, who.ifname)
@@ -108,7 +109,7 @@ def clear(
     else:
         failures.attempt("nftables", lambda: ruleset.remove(list(record.elements), who.tag))
     step("del-elements")
-    if record is not None and record.iptables:
+    if iptables:
         from cni import iptmasq  # only who asked for it waits for its imports
 
         failures.attempt("iptables", lambda: iptmasq.remove(who.tag))
@@ -158,7 +159,7 @@ def purge(record: journal.Record, book: journal.Journal, host: netlink.Socket, c
     """Remove all of an attachment but its IPAM reservation; return what went wrong."""
     failures = Failures()
     who = Attachment(record.network, record.container, record.ifname)
-    clear(who, record, record.addresses, record.bridge, host, book, context, failures)
+    clear(who, record, record.addresses, record.bridge, host, book, context, failures, iptables=record.iptables)
     finish(record, book, host, failures)
     return [f"{record.container}/{record.ifname}: {what}: {ctl.said(error)}" for what, error in failures.found]
 
@@ -183,11 +184,15 @@ def collect(request: Request, environment: Mapping[str, str], context: Context, 
         for key in sorted(records.keys() | _marked(host, request.network)):
             if not over(key):
                 continue
-            record = records.get(key) or journal.Record(*key, request.network, ifb=True, bridge=_bridge(request))
+            record = records.get(key) or _unrecorded(request, key)
             failures.attempt("/".join(key), lambda record=record: _purge(record, book, host, context))  # type: ignore[misc]
         if valid is not None:
             spared = {ruleset.owner(request.network, *key) for key in valid}
             failures.attempt("nftables", lambda: _remove_strays(request.network, spared, book))
+            if _uses_iptables(request):
+                from cni import iptmasq  # only who asked for it waits for its imports
+
+                failures.attempt("iptables", lambda: iptmasq.remove_strays(request.network, spared))
     kind = ipam_type(request.config)
     if kind == ipam.TYPE:
         failures.attempt("IPAM", lambda: _collect_inherited(request, context, valid))
@@ -253,6 +258,15 @@ def _remove_strays(network: str, spared: set[str], book: journal.Journal) -> Non
     """Remove elements of this network whose owner is not spared: of attachments of which nothing else is left."""
     tags = {element.owner for element in ruleset.owned() if element.owner.startswith(f"{network} ")}
     _remove_owned(tags - spared, book)
+
+
+def _unrecorded(request: Request, key: tuple[str, str]) -> journal.Record:
+    """Return what an attachment may have whose record is lost."""
+    return journal.Record(*key, request.network, ifb=True, bridge=_bridge(request), iptables=_uses_iptables(request))
+
+
+def _uses_iptables(request: Request) -> bool:
+    return request.config.get("ipMasqBackend") == "iptables"
 
 
 def _bridge(request: Request) -> str:

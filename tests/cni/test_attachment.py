@@ -86,6 +86,23 @@ def test_delete_in_every_circumstance(runtime: Runtime, netns: Names) -> None:
     assert runtime.host.run("nft", "list", "ruleset") == ""
 
 
+@pytest.mark.parametrize("how", ["DEL", "GC", "GC without links"])
+def test_masquerade_by_iptables_goes_without_a_record(runtime: Runtime, pod: Pod, how: str) -> None:
+    conf = runtime.conf(isGateway=True, ipMasq=True, ipMasqBackend="iptables", ipam=FOUR)
+    pod.add(conf)
+    assert pod.container in runtime.host.run("iptables-save")
+    for path in runtime.state.glob("attachments*"):
+        path.unlink()
+    if how == "DEL":
+        pod.delete()
+    else:
+        if how == "GC without links":
+            pod.ns.run("ip", "link", "del", "eth0")
+        runtime.call("GC", conf | {"cni.dev/valid-attachments": []})
+    assert "eth0" not in links(pod.ns)
+    assert "PYNET" not in runtime.host.run("iptables-save")
+
+
 def test_a_failed_add_undoes_itself(runtime: Runtime, pod: Pod) -> None:
     before = residue(runtime.host)
     ranges = {"ranges": [[{"subnet": "10.9.0.0/24", "gateway": "10.9.0.1"}]]}
