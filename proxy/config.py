@@ -122,6 +122,9 @@ def checked(settings: Settings) -> Settings:
         raise ConfigError("--iptables-min-sync-period: must not be longer than --iptables-sync-period")
     if settings.oom_score_adj is not None and not -1000 <= settings.oom_score_adj <= 1000:
         raise ConfigError(f"--oom-score-adj: expected -1000 to 1000, found {settings.oom_score_adj}")
+    for flag, number in (("max-per-core", settings.conntrack.max_per_core), ("min", settings.conntrack.min)):
+        if number < 0:
+            raise ConfigError(f"--conntrack-{flag}: must not be negative, found {number}")
     if settings.bind_address and canonical_address(settings.bind_address) is None:
         raise ConfigError(f"--bind-address: {settings.bind_address!r} is no IP address")
     if settings.iptables_backend not in ("", "legacy", "nft"):

@@ -5,6 +5,7 @@ The selection is kube-proxy's CategorizeEndpoints: readiness, terminating fallba
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import msgspec
@@ -17,6 +18,8 @@ SERVICE_LABEL = "kubernetes.io/service-name"
 HEADLESS_LABEL = "service.kubernetes.io/headless"
 TRIGGER_ANNOTATION = "endpoints.kubernetes.io/last-change-trigger-time"
 MAX_ENDPOINTS = 10_000
+# in the usual spelling: 0.0.0.0, 127/8, 169.254/16, 224/4; ::, ::1, fe80::/10, ff00::/8
+_SPECIAL = re.compile(r"0\.0\.0\.0$|127\.|169\.254\.|(22[4-9]|23\d)\.|::1?$|fe[89ab][0-9a-f]:|ff[0-9a-f]{2}:")
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -109,6 +112,7 @@ def facts_of_endpoints(endpoints: Endpoints) -> tuple[SliceFacts, ...]:
                 canonical = canonical_address(entry.ip)
                 if canonical is None:
                     raise BadObject(where, f"subsets[{index}].addresses", f"{entry.ip[:60]!r} is no IP address")
+                _check_address(where, f"subsets[{index}].addresses", canonical[1])
                 candidate = Candidate(canonical[1], ready=ready, serving=ready, node=entry.node_name or "")
                 by_family.setdefault(canonical[0], []).append(candidate)
         for place, port in enumerate(subset.ports or ()):
@@ -128,6 +132,12 @@ def _check_port(where: str, field: str, name: str, protocol: str, number: int) -
         raise BadObject(where, f"{field}.name", f"longer than {MAX_NAME} characters")
 
 
+def _check_address(where: str, field: str, address: str) -> None:
+    """Refuse what the API refuses as an endpoint: it would open what only a node itself may reach."""
+    if _SPECIAL.match(address):
+        raise BadObject(where, field, f"{address!r} is an unspecified, loopback, link-local or multicast address")
+
+
 def _candidate(where: str, index: int, family: Family, endpoint: SliceEndpoint) -> Candidate:
     canonical = canonical_address(endpoint.addresses[0])
     if canonical is None or canonical[0] is not family:
@@ -136,6 +146,7 @@ def _candidate(where: str, index: int, family: Family, endpoint: SliceEndpoint) 
             f"endpoints[{index}].addresses[0]",
             f"expected an {family.value} address, found {endpoint.addresses[0][:60]!r}",
         )
+    _check_address(where, f"endpoints[{index}].addresses[0]", canonical[1])
     hints = endpoint.hints
     return Candidate(
         address=canonical[1],

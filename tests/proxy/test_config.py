@@ -105,6 +105,8 @@ def test_flags_of_kube_proxy_without_meaning_are_accepted(flag: str) -> None:
         (["--bind-address=host"], "--bind-address"),
         (["--iptables-sync-period=0s"], "--iptables-sync-period"),
         (["--oom-score-adj=-1001"], "--oom-score-adj"),
+        (["--conntrack-min=-1"], "--conntrack-min"),
+        (["--conntrack-max-per-core=-1"], "--conntrack-max-per-core"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], said: str) -> None:

@@ -135,6 +135,32 @@ def test_bad_slices_are_named(made: Any, field: str) -> None:
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("address", "is_bad"),
+    [
+        *[(bad, True) for bad in ("127.0.0.1", "127.9.9.9", "0.0.0.0", "169.254.1.1", "224.0.0.1", "239.1.1.1")],
+        *[
+            (bad, True)
+            for bad in ("::1", "::", "0:0::1", "fe80::1", "febf::1", "ff02::1", "ff0e::1", "::ffff:127.0.0.1")
+        ],
+        *[(good, False) for good in ("10.0.0.1", "192.0.2.1", "169.253.1.1", "223.0.0.1", "240.0.0.1", "12.7.0.1")],
+        *[(good, False) for good in ("fd00::1", "2001:db8::1", "fec0::1", "::2", "::1:1", "fe00::1")],
+    ],
+)
+def test_addresses_that_the_api_refuses_are_refused(address: str, is_bad: bool) -> None:
+    kind = "IPv6" if ":" in address and "." not in address else "IPv4"
+    subset = EndpointSubset((EndpointAddress(address),), None, (EndpointPort(8080, "http"),))
+    v1 = Endpoints(Metadata(name="web", namespace="default"), (subset,))
+    if not is_bad:
+        assert facts_of_slice(piece("web", address, kind=kind))
+        assert facts_of_endpoints(v1)
+        return
+    with pytest.raises(BadObject, match=r"EndpointSlice default/web-1: endpoints\[0\]\.addresses\[0\]: .*loopback"):
+        facts_of_slice(piece("web", address, kind=kind))
+    with pytest.raises(BadObject, match=r"Endpoints default/web: subsets\[0\]\.addresses: .*loopback"):
+        facts_of_endpoints(v1)
+
+
 def test_names_and_domains_are_left_alone() -> None:
     assert facts_of_slice(piece("web", "example.org", kind="FQDN")) is None
     facts = facts_of_slice(piece("web", A, ports=(("http", "TCP", 0),)))
