@@ -116,6 +116,15 @@ class _Adding:
 
         self.undo.callback(undo)
 
+    def unless_shared(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Return `work` as it is to be done while no other pod of the network is there, which came to rely on it."""
+
+        def undo() -> None:
+            if all((one.container, one.ifname) == self.key for one in self.book.all(self.request.network)):
+                work()
+
+        return undo
+
     def allot(self) -> results.Result:
         """Get addresses, routes and resolver settings from the IPAM plugin; an L2-only network has none."""
         kind = self.conf.ipam_type
@@ -232,9 +241,15 @@ class _Adding:
         wanted = gateways.addresses(ips)
         if not conf.is_gateway or not wanted:
             return None
-        link = vlan.ensure_gateway_link(self.host, bridge, conf) if conf.vlan else bridge
+        link = bridge
+        if conf.vlan:
+            name = vlan.gateway_name(conf)
+            if not rtnl.index_of(name):
+                self.undoing("gateway's link", self.unless_shared(lambda: rtnl.delete_link(self.host, link.ifindex)))
+            link = vlan.ensure_gateway_link(self.host, bridge, conf)
         made = wiring.ensure_gateway_addresses(self.host, link, wanted, force=conf.force_address, pin=not conf.vlan)
-        self.undoing("gateway address", lambda: wiring.remove_addresses(self.host, link.ifindex, made))
+        undo = self.unless_shared(lambda: wiring.remove_addresses(self.host, link.ifindex, made))
+        self.undoing("gateway address", undo)
         wiring.enable_forwarding({address.version for address in wanted})
         step("add-gateway")
         return link

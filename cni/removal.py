@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
-from cni import ctl, delegate, journal, naming, netconf, predecessor, ruleset, spec, wiring
+from cni import ctl, delegate, journal, naming, netconf, predecessor, ruleset, spec, vlan, wiring
 from cni.context import Context
 from cni.ctl import step
 from cni.ipam import verbs as ipam
@@ -142,10 +142,14 @@ def flush(
 
 
 def remove_bridge(host: netlink.Socket, name: str) -> None:
-    """Delete a bridge that nothing is attached to."""
+    """Delete a bridge that nothing is attached to but gateways of its VLANs, and those."""
     bridge = rtnl.link_named(host, name)
-    if bridge is not None and bridge.kind == "bridge" and not rtnl.links(host, master=bridge.ifindex):
-        rtnl.delete_link(host, bridge.ifindex)
+    if bridge is None or bridge.kind != "bridge":
+        return
+    ports = rtnl.links(host, master=bridge.ifindex)
+    if all(vlan.is_gateway_port(port, name) for port in ports):
+        for link in (*ports, bridge):
+            rtnl.delete_link(host, link.ifindex)
 
 
 def gone(record: journal.Record, host: netlink.Socket) -> bool:

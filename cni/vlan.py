@@ -11,6 +11,7 @@ from cni.netconf import NetConf
 from cni.wiring import has_ipv6, request, skip_dad
 from pynet.kernel import netlink, netns, rtnl
 
+_ALIAS = "pynet-cni"
 DEFAULT = 1
 """The VLAN that a bridge gives to every new port."""
 
@@ -81,6 +82,11 @@ def gateway_name(conf: NetConf) -> str:
     return name
 
 
+def is_gateway_port(port: rtnl.Link, bridge: str) -> bool:
+    """Say whether a bridge's port is the other end of a link that holds a gateway's address."""
+    return port.alias.startswith(f"{_ALIAS} {bridge}.")
+
+
 def ensure_gateway_link(host: netlink.Socket, bridge: rtnl.Link, conf: NetConf) -> rtnl.Link:
     """Return the link that holds the gateway's address: a veth whose other end is a port in the VLAN."""
     name = gateway_name(conf)
@@ -88,7 +94,7 @@ def ensure_gateway_link(host: netlink.Socket, bridge: rtnl.Link, conf: NetConf) 
     if rtnl.link_named(host, name) is None:
         own = netns.own()
         try:
-            rtnl.add_veth(host, port_name, name, own, master=bridge.ifindex, mtu=conf.mtu, alias=f"pynet-cni {name}")
+            rtnl.add_veth(host, port_name, name, own, master=bridge.ifindex, mtu=conf.mtu, alias=f"{_ALIAS} {name}")
         except netlink.NetlinkError as error:
             if error.errno != errno.EEXIST:
                 raise

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cni import netconf, vlan
-from support.cni import CniFailure, Pod, Runtime, addresses
+from support.cni import CniFailure, Pod, Runtime, addresses, links
 from support.netns import Names
 
 
@@ -78,3 +78,18 @@ def test_the_default_vlan_beside_the_pods(runtime: Runtime, netns: Names) -> Non
     result = pod.add(runtime.conf(vlan=100, preserveDefaultVlan=True))
     assert shown(runtime, result["interfaces"][1]["name"]) == {1: ["Egress Untagged"], 100: NATIVE}
     pod.check()
+
+
+@pytest.mark.vm
+@pytest.mark.root
+def test_a_failed_add_leaves_no_gateway_in_a_vlan(runtime: Runtime, netns: Names) -> None:
+    """Neither with the bridge that it made, nor on one that is there."""
+    pod = Pod(runtime, netns("pod"))
+    broken = V4 | {"routes": [{"dst": "10.0.0.0/8", "gw": "192.0.2.77"}]}
+    for made_before in (False, True):
+        if made_before:
+            runtime.host.run("ip", "link", "add", "cni0", "type", "bridge")
+        before = sorted(links(runtime.host))
+        with pytest.raises(CniFailure, match=r"192\.0\.2\.77"):
+            pod.add(runtime.conf(isGateway=True, vlan=100, ipam=broken))
+        assert sorted(links(runtime.host)) == before
