@@ -372,7 +372,7 @@ def _balance(server: VirtualServer, endpoints: tuple[Endpoint, ...]) -> list[str
             for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
         ]
     mask = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff" if ":" in endpoints[0].address else "255.255.255.255"
-    lists = [f"PYNET-{_digest(server, target)}" for target in targets]
+    lists = _client_lists(server, endpoints)
     known = [
         f"{protocol}-m recent --update --seconds {server.affinity_seconds} --reap "
         f"--name {name} --mask {mask} --rsource -j DNAT --to-destination {target}"
@@ -383,6 +383,15 @@ def _balance(server: VirtualServer, endpoints: tuple[Endpoint, ...]) -> list[str
         f"-j DNAT --to-destination {targets[index]}"
         for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
     ]
+
+
+def client_lists(server: VirtualServer) -> list[str]:
+    """Return the names of the lists in which the kernel remembers a Service port's clients: one an endpoint."""
+    return _client_lists(server, (*server.cluster, *server.local)) if server.affinity_seconds else []
+
+
+def _client_lists(server: VirtualServer, endpoints: Iterable[Endpoint]) -> list[str]:
+    return [f"PYNET-{_digest(server, _target(endpoint))}" for endpoint in endpoints]
 
 
 def _target(endpoint: Endpoint) -> str:

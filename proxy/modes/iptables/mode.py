@@ -10,6 +10,7 @@ import msgspec
 
 from proxy.modes import ApplyError, Drift, Written
 from proxy.modes.iptables import layout
+from proxy.modes.iptables.affinity import Forgetting
 from proxy.modes.iptables.dispatch import Chains, Directory
 from proxy.modes.iptables.tamper import Watcher
 from proxy.plan import Family, Plan, PlanChange, ServerKey
@@ -82,6 +83,7 @@ class IptablesMode:
             set()
         )  # where a change failed: the directory is ahead, parts of the change may stand
         self._watchers: dict[Family, Watcher] = {}
+        self._forgetting = Forgetting()
         self._is_alone = False
 
     def sync(self, plans: Sequence[Plan]) -> Written:
@@ -108,6 +110,7 @@ class IptablesMode:
             _, names = self._converge(standing.plan)
             owners = _owners(standing.plan) if names else {}
             found += ((owners.get(name), f"{standing.plan.family.value}: {what}") for name, what in names)
+        self._forgetting.look(standing.plan for standing in self._standing.values())
         return Drift(tuple(found))
 
     def tampered(self) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from proxy.modes import ApplyError
+from proxy.modes.iptables import layout
 from proxy.modes.iptables.mode import IptablesMode, parse
 from proxy.plan import Endpoint, Family, Plan, PlanChange
+from pynet.kernel import recent
 from pynet.kernel.iptables import Backend, backend_of_host
 from support.netns import Names, Namespace
 from support.plans import CLUSTER, CLUSTER_MASQ, DROP, LOCAL, cluster_ip, load_balancer, node_port, plan, server
@@ -235,6 +238,27 @@ def test_after_a_refusal_the_next_change_makes_all_right(netns: Names, backend: 
         assert mode.audit().found == ()
         mode.update([PlanChange(wanted, full(), (right.key,))])
         assert mode.audit().found == ()
+
+
+@both
+def test_a_full_list_of_clients_is_told_once(netns: Names, backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    sticky = server("a/sticky", cluster_ip("10.96.0.4", 80), cluster=(POD1, POD2), affinity=60)
+    with inside(netns("node")):
+        mode = IptablesMode(backend)
+        mode.sync([plan(sticky)])
+        most = recent.most_addresses()
+        name = layout.client_lists(sticky)[1]
+        for number in range(most + 50):
+            if number == most:
+                assert mode.audit().found == ()
+                assert len(caplog.records) == 1
+            Path("/proc/thread-self/net/xt_recent", name).write_text(f"+10.9.{number // 250}.{number % 250 + 1}")
+            if number == most - 2:
+                mode.audit()
+                assert caplog.records == []
+        assert recent.addresses_in(name) == most
+        mode.audit()
+        assert [record.getMessage()[:31] for record in caplog.records] == ["session affinity forgets client"]
 
 
 @both
