@@ -238,8 +238,6 @@ def test_unknown_ports_of_a_cluster_ip_are_refused(stage: Stage, family: Family)
 @pytest.mark.parametrize("family", list(Family))
 def test_what_nobody_has_of_a_service_cidr_is_dropped(stage: Stage, family: Family) -> None:
     """Beside the cluster IPs, the net of the node itself, of other nodes and of far pods, which nobody should name."""
-    if stage.mode.name == "ipvs":
-        return  # it does not know them: docs/semantics.md
     length, host = (32, stage.net["other"].v4) if family is Family.V4 else (128, stage.net["other"].v6)
     address = f"{BASE[family]}200"  # another node answers there, as long as it may
     stage.net["other"].namespace.run("ip", "address", "replace", f"{address}/{length}", "dev", "lo")
@@ -247,7 +245,7 @@ def test_what_nobody_has_of_a_service_cidr_is_dropped(stage: Stage, family: Fami
     stage.show(of_all_kinds())
     assert [stage.net.ask(client, address, 80) for client in ("pod1", "node")] == [REFUSED] * 2
     overlaps = ["192.168.77.0/24", "fd00:77::/64"]
-    if stage.mode.name != "userspace":  # which connects to a pod as any program of the node would
+    if stage.mode.name not in ("userspace", "ipvs"):  # whose packets to a pod are as any program's of the node
         overlaps += ["10.244.0.0/16", "fd00:244::/32"]
     stage.show(of_all_kinds(), service_cidrs=("10.96.0.0/16", "fd00:96::/112", *overlaps))
     for client in CLIENTS:

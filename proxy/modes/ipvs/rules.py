@@ -36,7 +36,7 @@ def chains(family: Family, settings: NodeSettings) -> dict[str, Chains]:
     return {
         "mangle": _policy(family, settings),
         "nat": _marks(family, settings),
-        "filter": _filter(family),
+        "filter": _filter(family, settings),
     }
 
 
@@ -112,7 +112,7 @@ def _marks(family: Family, settings: NodeSettings) -> Chains:
     return found
 
 
-def _filter(family: Family) -> Chains:
+def _filter(family: Family, settings: NodeSettings) -> Chains:
     icmp = "icmp6-port-unreachable" if family is Family.V6 else "icmp-port-unreachable"
     servers = set_name(family, "SERVERS")
     refused = [
@@ -121,10 +121,15 @@ def _filter(family: Family) -> Chains:
         f"{_NEW}-m set --match-set {set_name(family, 'IPS')} dst -m set ! --match-set {servers} dst,dst "
         "-j PYNET-IPVS-REFUSE",
     ]
+    # To a ServiceCIDR and nobody's: not led elsewhere, by whomever, and not the node's own.
+    unallocated = [f"-d {network} -j PYNET-IPVS-UNALLOCATED" for network in settings.service_cidrs]
     return {
+        "PYNET-IPVS-UNALLOCATED": [
+            "-m conntrack ! --ctstate INVALID,RELATED,ESTABLISHED,UNTRACKED,DNAT -m addrtype ! --dst-type LOCAL -j DROP"
+        ],
         "PYNET-IPVS-INPUT": [*refused, f"-m set --match-set {servers} dst,dst -j ACCEPT"],
-        "PYNET-IPVS-OUTPUT": refused,
-        "PYNET-IPVS-FORWARD": ["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"],
+        "PYNET-IPVS-OUTPUT": [*refused, *unallocated],
+        "PYNET-IPVS-FORWARD": ["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", *unallocated],
         "PYNET-IPVS-REFUSE": [
             "-p tcp -j REJECT --reject-with tcp-reset",
             f"-p udp -j REJECT --reject-with {icmp}",
