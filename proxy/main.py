@@ -1,46 +1,35 @@
-"""The daemon `pyproxy`: wiring of source, engine, mode and servers, and nothing else."""
+"""The daemon `pyproxy`: what its command line asks for, the parts of `assembly` between a source and servers."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
 import yaml
 
 from proxy import configfile, flags
+from proxy.assembly import Parts, assembled, families_of_host
 from proxy.cluster import KINDS
 from proxy.config import ConfigError, Settings
-from proxy.engine import Engine, Follower
-from proxy.flows import Cleaner
-from proxy.health import Health, health_routes, metrics_routes
-from proxy.holding import Holder
+from proxy.health import health_routes, metrics_routes
 from proxy.inspect import command
 from proxy.metrics import Metrics
 from proxy.modes import ApplyError, Mode, registry
 from proxy.node_setup import prepare
-from proxy.plan import Family
-from proxy.refusals import CountsDrops, Refusals
-from proxy.service_health import ServiceHealth
-from proxy.snapshot import StateFile
 from proxy.zpages import zpages_routes
 from pynet.daemon import lifecycle, logs, privileges
-from pynet.daemon.http import BindError, Reply, Server, serve
-from pynet.daemon.loop import BoundedRunner
+from pynet.daemon.http import BindError, Routes, Server, serve
 from pynet.kernel import sysctl
 from pynet.sources.events import Events
 from pynet.sources.flags import NoSource, events_from, source_from
 
 log = logs.get(__name__)
-_TICK_SECONDS = 1.0
-_RETRY_SECONDS = 1.0
 NEEDED = (privileges.NET_ADMIN, privileges.NET_RAW, privileges.NET_BIND_SERVICE)
 INDISPENSABLE = {"iptables": NEEDED[:2], "ipvs": NEEDED[:2]}  # by mode; NET_ADMIN for the others
-Routes = dict[str, Callable[[], Reply]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,59 +71,19 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if settings.drop_privileges and not privileges.keep_only(NEEDED):
         log.debug("privileges stay as they are: CAP_SETPCAP is missing")
     stop = lifecycle.stop_on_signals()
-    metrics = Metrics()
-    families = families_of_host()
-    engine: Engine
-    health = Health(families, settings.sync_seconds, lambda: engine.cluster.node)
-    runner = BoundedRunner(
-        lambda: engine.work(),
-        min_interval=settings.min_sync_seconds,
-        max_interval=_TICK_SECONDS,
-        retry=_RETRY_SECONDS,
-    )
-    service_health = ServiceHealth(settings.node_name, health.is_healthy, events)
-    holder = Holder(events)
-    followers: list[Follower] = [Cleaner(metrics), service_health, Watchdog()]
-    if settings.hold_node_ports:
-        followers.append(holder)
-    if isinstance(mode, CountsDrops):
-        followers.append(Refusals(mode, metrics))
-    if args.config is not None:
-        followers.append(ConfigWatch(args.config, stop))
-
-    def first_written() -> None:
-        log.info("Services are in the kernel", extra=logs.fields(mode=mode.name, services=len(engine.cluster.services)))
-        lifecycle.notify("READY=1")
-        remove_other_modes(settings, mode)
-
-    engine = Engine(
-        settings,
-        mode,
-        families,
-        source.kinds,
-        metrics,
-        request=runner.request,
-        events=events,
-        health=health,
-        followers=followers,
-        snapshots=StateFile(Path(settings.state_file)) if settings.state_file else None,
-        first_written=first_written,
-    )
-    tell_mode(settings, mode, metrics, events)
+    parts = assembled(args.config, settings, source.kinds, mode, events, stop)
+    tell_mode(settings, mode, parts.metrics, events)
     try:
-        servers = served(args, settings, mode, health, metrics)
+        servers = served(args, settings, mode, parts)
     except BindError as error:
         log.error(str(error))
         return 2
-    threading.Thread(target=source.run, args=(engine.deliver, stop), name="source", daemon=True).start()
+    threading.Thread(target=source.run, args=(parts.engine.deliver, stop), name="source", daemon=True).start()
     log.info("started", extra=logs.fields(mode=mode.name, node=settings.node_name, version=lifecycle.version()))
-    runner.run(stop)
+    parts.runner.run(stop)
     lifecycle.notify("STOPPING=1")
-    service_health.close()
-    holder.close()
-    for server in servers:
-        server.close()
-    events.close()
+    for each in (*parts.open, *servers, events):
+        each.close()
     return 0
 
 
@@ -157,13 +106,15 @@ def tell_mode(settings: Settings, mode: Mode, metrics: Metrics, events: Events) 
         )
 
 
-def served(
-    args: argparse.Namespace, settings: Settings, mode: Mode, health: Health, metrics: Metrics
-) -> Sequence[Server]:
+def served(args: argparse.Namespace, settings: Settings, mode: Mode, parts: Parts) -> Sequence[Server]:
     """Begin to answer on the health and the metrics address. Raise `BindError` where a failure is to be one."""
-    asked = metrics_routes(metrics, lambda: mode.name, lambda: configuration(args, settings))
-    asked |= zpages_routes(flags.in_use(args, settings), tuple(asked))
-    pairs = ((settings.healthz_bind, health_routes(health, metrics)), (settings.metrics_bind, asked))
+    asked = metrics_routes(parts.metrics, lambda: mode.name, lambda: configuration(args, settings))
+    more = zpages_routes(flags.in_use(args, settings), tuple(asked))
+    health = health_routes(parts.health, parts.metrics)
+    pairs: tuple[tuple[str, Routes], ...] = (
+        (settings.healthz_bind, health),
+        (settings.metrics_bind, {**asked, **more}),
+    )
     return [server for bind, routes in pairs if (server := serve_or_tell(settings, bind, routes))]
 
 
@@ -183,42 +134,6 @@ class LoopbackGuard(Protocol):
         """Whether its guard stands in the kernel."""
 
 
-class ConfigWatch:
-    """Ends the daemon when its configuration file changes, so that it is started anew with it (as kube-proxy does)."""
-
-    def __init__(self, path: Path, stop: threading.Event) -> None:
-        self._path = path
-        self._stop = stop
-        self._text = path.read_bytes()
-
-    def follow(self, cluster: object, changes: object, services: object) -> None:
-        """Nothing follows from a change of objects."""
-
-    def tick(self, now: float) -> None:  # noqa: ARG002
-        """Compare the file with what it was; one that cannot be read is on its way to be replaced."""
-        try:
-            text = self._path.read_bytes()
-        except OSError:
-            return
-        if text != self._text:
-            log.warning(
-                "the configuration file has changed: ending, to be started anew", extra=logs.fields(file=self._path)
-            )
-            self._stop.set()
-
-
-class Watchdog:
-    """Tells the service manager that the engine still turns."""
-
-    def follow(self, cluster: object, changes: object, services: object) -> None:
-        """Nothing follows from a change."""
-
-    def tick(self, now: float) -> None:  # noqa: ARG002
-        """Say so."""
-        if lifecycle.watchdog_seconds() is not None:
-            lifecycle.notify("WATCHDOG=1")
-
-
 def serve_or_tell(settings: Settings, bind: str, routes: Routes) -> Server | None:
     """Serve, or say why not and go on, unless that is to be an error."""
     try:
@@ -228,11 +143,6 @@ def serve_or_tell(settings: Settings, bind: str, routes: Routes) -> Server | Non
             raise
         log.error(str(error))
         return None
-
-
-def families_of_host() -> tuple[Family, ...]:
-    """Return the address families that this network namespace has."""
-    return (Family.V4, Family.V6) if Path("/proc/self/net/if_inet6").exists() else (Family.V4,)
 
 
 def configuration(args: argparse.Namespace, settings: Settings) -> bytes:
@@ -256,19 +166,6 @@ def client_of(args: argparse.Namespace) -> configfile.ClientConnection:
     """Return how the API server is reached, as the configuration file says it."""
     kubeconfig = str(args.kubeconfig) if args.kubeconfig else ""
     return configfile.ClientConnection(kubeconfig=kubeconfig, qps=args.kube_api_qps, burst=args.kube_api_burst)
-
-
-def remove_other_modes(settings: Settings, current: Mode) -> None:
-    """Remove what another mode has left, now that the current one's rules stand."""
-    if settings.mode == "userspace" and settings.userspace.listen_only:
-        return  # without privilege there is nothing that could be removed
-    for name in registry.MODES:
-        if name == current.name:
-            continue
-        try:
-            registry.made(settings, name).cleanup()
-        except Exception as error:  # another mode may not even be possible here, and must not stop this one
-            log.debug("nothing to remove", extra=logs.fields(mode=name, error=error))
 
 
 def cleanup(settings: Settings) -> int:

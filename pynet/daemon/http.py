@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -25,6 +25,16 @@ class Reply(msgspec.Struct, frozen=True):
     content_type: str = "text/plain; charset=utf-8"
     body: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
+
+
+class ByAccept(msgspec.Struct, frozen=True):
+    """An answer that depends on the request's header `Accept` ("": there was none)."""
+
+    answer: Callable[[str], Reply]
+
+
+Routes = Mapping[str, Callable[[], Reply] | ByAccept]
+"""Path → answer."""
 
 
 class BindError(OSError):
@@ -47,7 +57,7 @@ def address_of(bind: str) -> tuple[str, int]:
 class Server:
     """A running server; it answers from threads of its own until `close`."""
 
-    def __init__(self, bind: str, routes: dict[str, Callable[[], Reply]]) -> None:
+    def __init__(self, bind: str, routes: Routes) -> None:
         host, port = address_of(bind)
         family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
         try:
@@ -73,12 +83,12 @@ class Server:
         self._thread.join()
 
 
-def serve(bind: str, routes: dict[str, Callable[[], Reply]]) -> Server | None:
+def serve(bind: str, routes: Routes) -> Server | None:
     """Serve `routes` (path → answer) on `bind` = "host:port"; an empty `bind` serves nothing. Raise `BindError`."""
     return Server(bind, routes) if bind else None
 
 
-def _listen(host: str, port: int, family: int, routes: dict[str, Callable[[], Reply]]) -> ThreadingHTTPServer:
+def _listen(host: str, port: int, family: int, routes: Routes) -> ThreadingHTTPServer:
     class Listener(ThreadingHTTPServer):
         address_family = family
         daemon_threads = True
@@ -103,7 +113,10 @@ def _listen(host: str, port: int, family: int, routes: dict[str, Callable[[], Re
         def do_GET(self) -> None:
             answer = routes.get(urlsplit(self.path).path)
             try:
-                reply = answer() if answer else Reply(404, body=b"not found\n")
+                if isinstance(answer, ByAccept):
+                    reply = answer.answer(", ".join(self.headers.get_all("Accept", ())))
+                else:
+                    reply = answer() if answer else Reply(404, body=b"not found\n")
             except Exception:
                 log.exception("answering failed", extra=logs.fields(path=self.path))
                 reply = Reply(500, body=b"internal error; see the log\n")

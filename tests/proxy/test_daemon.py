@@ -231,7 +231,7 @@ def test_a_start_changes_and_a_broken_file(net: ServiceNet, daemon: Daemon) -> N
     assert daemon.get("/healthz") == (200, "ok"), "this address does not say how the node is"
     assert "\nkube-proxy statusz\n" in daemon.get("/statusz")[1] and "\nUp: 0 hr 00 min " in daemon.get("/statusz")[1]
     flagz = daemon.get("/flagz")[1].splitlines()
-    assert {"kube-proxy flags", "hostname-override=node", "proxy-mode=iptables", "conntrack-min=131072"} <= {*flagz}
+    assert {"kube-proxy flagz", "hostname-override=node", "proxy-mode=iptables", "conntrack-min=131072"} <= {*flagz}
     assert net.ask("outside", net["node"].v4, NODE_PORT) == ("pod1", "10.244.1.1")
     assert net.ask("node", "127.0.0.1", NODE_PORT).server == "pod1"
     counted = daemon.get("/metrics")[1]
