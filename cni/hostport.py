@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from cni import spec
 from cni.netconf import PROTOCOLS, PortMapping
-from cni.ruleset import HERE
+from cni.ruleset import HERE, UNMARK
 
 ANY = {4: "0.0.0.0", 6: "::"}
-OWN, ALL = "own", "all"
-"""Whose connections through a host port are masqueraded: those of the pod's network and loopback, or all (masqAll)."""
+OWN, ALL, NONE = "own", "all", "none"
+"""Whose connections through a host port are masqueraded: those of the pod's network and loopback, all (masqAll), or
+nobody's (snat false)."""
 LOOPBACK = {4: ("127.0.0.0/8",), 6: ()}
 """Where the host's own loopback reaches host ports from; the kernel takes no answer to ::1 that comes from a link."""
 
@@ -63,16 +64,15 @@ def forwards(
 def elements(forward: Forward, tag: str) -> list[str]:
     """Return the map elements of one host port, its owner's tag as comment."""
     port = f'{_port_key(forward)} comment "{tag}" : {forward.pod} . {forward.pod_port}'
-    found = [f"{HERE} {_port_map(forward)} {{ {port} }}"]
-    if forward.masquerade:
-        found.append(f'{_backward(forward)} comment "{tag}" : goto {chain_name(forward)} }}')
-    return found
+    return [
+        f"{HERE} {_port_map(forward)} {{ {port} }}",
+        f'{_backward(forward)} comment "{tag}" : goto {chain_name(forward)} }}',
+    ]
 
 
 def keys(forward: Forward) -> list[str]:
     """Return the elements' maps and keys, as removal names them."""
-    found = [f"{HERE} {_port_map(forward)} {{ {_port_key(forward)} }}"]
-    return [*found, f"{_backward(forward)} }}"] if forward.masquerade else found
+    return [f"{HERE} {_port_map(forward)} {{ {_port_key(forward)} }}", f"{_backward(forward)} }}"]
 
 
 def _backward(forward: Forward) -> str:
@@ -81,8 +81,8 @@ def _backward(forward: Forward) -> str:
 
 def chain_name(forward: Forward) -> str:
     """Return the name of the chain for connections to pods of one subnet that came through a host port."""
-    if forward.masquerade == ALL:
-        return "hairpin-all"
+    if forward.masquerade != OWN:
+        return f"hairpin-{forward.masquerade}"
     return "hairpin-" + blake2b(forward.subnet.encode(), digest_size=6).hexdigest()
 
 
@@ -90,23 +90,23 @@ def chains(forwards: list[Forward]) -> str:
     """Return the chains: who is in the pod's own network, or on the host's loopback, comes under the host's address.
 
     Its answers would otherwise not come back through the host, which has to translate them. With masqAll, everybody.
+    Of others the mark goes.
     """
     lines: dict[str, None] = {}
     for forward in forwards:
-        if not forward.masquerade:
-            continue
         name = chain_name(forward)
         ip = "ip" if forward.family == 4 else "ip6"
         sources = [f"{ip} saddr {source} " for source in (forward.subnet, *LOOPBACK[forward.family])]
-        rules = sources if forward.masquerade == OWN else [""]
+        masquerades = {OWN: sources, ALL: [""], NONE: []}[forward.masquerade]
         lines |= dict.fromkeys((f"add chain {HERE} {name}", f"flush chain {HERE} {name}"))
-        lines |= dict.fromkeys(f"add rule {HERE} {name} {source}masquerade" for source in rules)
+        lines |= dict.fromkeys(f"add rule {HERE} {name} {source}masquerade" for source in masquerades)
+        lines[f"add rule {HERE} {name} {UNMARK}"] = None
     return "".join(f"{line}\n" for line in lines)
 
 
 def needs_localhost(forward: Forward) -> bool:
     """Say whether the port is to be reached under 127.0.0.1, for which the kernel must route loopback addresses."""
-    if forward.family != 4 or not forward.masquerade:
+    if forward.family != 4 or forward.masquerade == NONE:
         return False
     return forward.host == ANY[4] or ipaddress.ip_address(forward.host).is_loopback
 

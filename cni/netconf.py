@@ -74,7 +74,7 @@ class NetConf(NamedTuple):
     dns: results.Dns = results.Dns()
     port_mappings: tuple[PortMapping, ...] = ()
     port_masquerade: str = "own"
-    """Whose connections through a host port are masqueraded: hostport's OWN or ALL, empty for nobody's."""
+    """Whose connections through a host port are masqueraded: hostport's OWN, ALL or NONE."""
     bandwidth: Bandwidth = Bandwidth()
     state_dir: str = STATE_DIR
     previous: results.Result | None = None
@@ -161,7 +161,7 @@ def _refuse_unsupported(config: Mapping[str, Any], runtime: Mapping[str, Any]) -
 def _port_masquerade(config: Mapping[str, Any]) -> str:
     everybody = flag(config, "masqAll")
     if not flag(config, "snat", missing=True):
-        return ""
+        return "none"
     return "all" if everybody else "own"
 
 

@@ -20,7 +20,11 @@ TABLE = "pynet-cni"
 HERE = f"inet {TABLE}"
 SPOOF = f"bridge {TABLE}"
 HAIRPIN_MARK = "0x2000"
-"""Bit 13, the reference portmap's default: set between a host port's DNAT and its postrouting, never longer."""
+"""Bit 13, the reference portmap's default: set between a host port's DNAT and its postrouting, never longer.
+
+Rules that portmap left behind, at srcnat, masquerade all that has it: ours come before them.
+"""
+UNMARK = "meta mark set meta mark and 0xffffdfff"
 
 BASE = f"""\
 add table {HERE}
@@ -37,22 +41,24 @@ add map {HERE} hairpin6 {{ type ipv6_addr . inet_proto . inet_service : verdict;
 add chain {HERE} hostports
 add chain {HERE} prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}
 add chain {HERE} output {{ type nat hook output priority -100; policy accept; }}
+add chain {HERE} hairpins {{ type nat hook postrouting priority srcnat - 1; policy accept; }}
 add chain {HERE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
 flush chain {HERE} hostports
 flush chain {HERE} prerouting
 flush chain {HERE} output
+flush chain {HERE} hairpins
 flush chain {HERE} postrouting
 add rule {HERE} hostports meta mark set meta mark or {HAIRPIN_MARK}
 add rule {HERE} hostports dnat ip to meta l4proto . ip daddr . th dport map @ports4
 add rule {HERE} hostports dnat ip to meta l4proto . th dport map @anyports4
 add rule {HERE} hostports dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
 add rule {HERE} hostports dnat ip6 to meta l4proto . th dport map @anyports6
-add rule {HERE} hostports meta mark set meta mark and 0xffffdfff
+add rule {HERE} hostports {UNMARK}
 add rule {HERE} prerouting fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
 add rule {HERE} output ip6 daddr ::1 return comment "answers would come to ::1 from outside lo: the kernel drops them"
 add rule {HERE} output fib daddr type local meta l4proto {{ tcp, udp, sctp }} jump hostports
-add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip daddr . meta l4proto . th dport vmap @hairpin4
-add rule {HERE} postrouting meta mark and {HAIRPIN_MARK} != 0 ip6 daddr . meta l4proto . th dport vmap @hairpin6
+add rule {HERE} hairpins meta mark and {HAIRPIN_MARK} != 0 ip daddr . meta l4proto . th dport vmap @hairpin4
+add rule {HERE} hairpins meta mark and {HAIRPIN_MARK} != 0 ip6 daddr . meta l4proto . th dport vmap @hairpin6
 add rule {HERE} postrouting ip saddr vmap @masquerade4
 add rule {HERE} postrouting ip6 saddr vmap @masquerade6
 """
@@ -215,7 +221,7 @@ def remove_tables() -> None:
     )
     script = f"add table {SPOOF}\ndelete table {SPOOF}\n"
     if cluster:
-        chains = ("postrouting", "prerouting", "output")
+        chains = ("hairpins", "postrouting", "prerouting", "output")
         script += "".join(f"flush chain {HERE} {chain}\ndelete chain {HERE} {chain}\n" for chain in chains)
     else:
         script += f"add table {HERE}\ndelete table {HERE}\n"

@@ -175,7 +175,9 @@ def test_each_rule_of_a_chain_and_each_value_of_an_element(forking: Forking, net
         assert f"chain {rule['family']} {rule['table']} {rule['chain']} has" in refusal(pod), rule
         host.run("nft", "-f", "-", input=f"flush ruleset\n{text}")
     assert refusal(pod) == ""
-    network, hairpin = (next(rule["chain"] for rule in rules() if word in rule["chain"]) for word in ("netw", "hair"))
+    network, hairpin = (
+        next(rule["chain"] for rule in rules() if word in rule["chain"]) for word in ("network-", "hairpin-")
+    )
     for name, key, value in [
         ("anyports4", "tcp . 8080", "10.9.0.77 . 80"),
         ("masquerade4", "10.9.0.2", f"goto {hairpin}"),

@@ -191,12 +191,39 @@ def test_whose_connections_are_masqueraded(bench: Bench, netns: Names) -> None:
     pod.add(bench.conf(tcp(), snat=False))
     pod.check()
     assert ask(bench.client, "tcp", "192.0.2.1", 8080) == f"{pod.container} 192.0.2.9"
-    assert "hairpin4 {" in bench.host.run("nft", "list", "table", "inet", "pynet-cni")
-    assert pod.container not in bench.host.run("nft", "list", "map", "inet", "pynet-cni", "hairpin4")
+    assert "goto hairpin-none" in bench.host.run("nft", "list", "map", "inet", "pynet-cni", "hairpin4")
     assert bench.host.run("sysctl", "-n", "net.ipv4.conf.cni0.route_localnet").strip() == "0"
     pod.delete()
     neighbour.delete()
     assert bench.host.run("nft", "list", "ruleset") == ""
+
+
+@pytest.mark.parametrize("first", ["portmap's rules", "ours"])
+@pytest.mark.parametrize("keys", [{}, {"snat": False}])
+def test_clients_keep_their_address_beside_what_portmap_left(
+    bench: Bench, netns: Names, keys: dict[str, Any], first: str
+) -> None:
+    """Its rules stay when its last pod goes, and masquerade all that has its mark, bit 13, which is ours too."""
+    if first == "ours":
+        Pod(bench.runtime, netns("first")).add(bench.conf(tcp(9090)))
+    left = """
+        *nat
+        :CNI-HOSTPORT-MASQ - [0:0]
+        -A POSTROUTING -m comment --comment "CNI portfwd requiring masquerade" -j CNI-HOSTPORT-MASQ
+        -A CNI-HOSTPORT-MASQ -m mark --mark 0x2000/0x2000 -j MASQUERADE
+        COMMIT
+    """
+    for tool in ("iptables-nft-restore", "ip6tables-nft-restore"):
+        bench.host.run(tool, input="".join(f"{line.strip()}\n" for line in left.splitlines()))
+    pod = Pod(bench.runtime, netns("pod"))
+    serve(pod)
+    pod.add(bench.conf(tcp(), udp(), **keys))
+    for kind, host, port, client in (
+        ("tcp", "192.0.2.1", 8080, "192.0.2.9"), ("tcp", "2001:db8::1", 8080, "2001:db8::9"),
+        ("udp", "192.0.2.1", 5353, "192.0.2.9"),
+    ):  # fmt: skip
+        assert ask(bench.client, kind, host, port) == f"{pod.container} {client}"
+    pod.check()
 
 
 def test_a_claimed_port_is_refused_with_its_owner(bench: Bench, netns: Names) -> None:
@@ -259,6 +286,7 @@ def test_udp_flows_follow_the_port(bench: Bench, netns: Names) -> None:
         "delete element inet pynet-cni hairpin4 { POD . tcp . 80 }",
         "flush chain inet pynet-cni hostports",
         "flush chain inet pynet-cni postrouting",
+        "flush chain inet pynet-cni hairpins",
         "delete table inet pynet-cni",
     ],
 )

@@ -91,7 +91,7 @@ def test_what_portmap_and_bandwidth_honour_and_we_do_not_is_refused(keys: dict[s
 def test_portmaps_keys_that_ask_for_what_is_so_anyway() -> None:
     same = parse(conditionsV4=[], conditionsV6=None, markMasqBit=13, backend="nftables", snat=True, masqAll=False)
     assert same == parse()
-    assert parse(snat=False, masqAll=True).port_masquerade == ""
+    assert parse(snat=False, masqAll=True).port_masquerade == "none"
     assert parse(masqAll=True).port_masquerade == "all"
     with pytest.raises(CniError, match="field snat is not true or false"):
         parse(snat="yes")
