@@ -18,7 +18,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from pynet.objects import EndpointSlice, Object
+from pynet.objects import (
+    EndpointAddress,
+    EndpointPort,
+    Endpoints,
+    EndpointSlice,
+    EndpointSubset,
+    Metadata,
+    Object,
+)
 from support.netns import Names, programs
 from support.objects import endpoint, piece, service
 from support.servicenet import REFUSED, ServiceNet, inside
@@ -332,6 +340,67 @@ def test_rolling_replacement_with_terminating_endpoints_fails_nothing(net: Servi
         daemon.apply("web", web(), pods(*HERE))
         eventually(lambda: net.ask("pod1", VIP, PORT).server == "pod1")
     assert load.failures == []
+
+
+def test_a_service_leaves_us_and_comes_back(net: ServiceNet, daemon: Daemon) -> None:
+    def answers(server: str, port: int = NODE_PORT) -> None:
+        eventually(lambda: server_of(net, "outside", net["node"].v4, port) == server)
+
+    daemon.apply("web", web(), pods(HERE[0]))
+    daemon.start()
+    label = "service.kubernetes.io/service-proxy-name"
+    for away in (
+        web(clusterIP="None", clusterIPs=["None"]),
+        web(type="ExternalName", externalName="example.org"),
+        service("web", "", {"name": "http", "port": PORT}, type="ExternalName", externalName="example.org"),
+        web(labels={label: "another"}),
+        web(labels={label: ""}),
+        service("web", VIP, {"name": "http", "port": PORT}),
+    ):
+        answers("pod1")
+        daemon.apply("web", away, pods(HERE[0]))
+        answers(REFUSED.server)
+        daemon.apply("web", web(type="NodePort"), pods(HERE[0]))
+    answers("pod1")
+
+
+def test_endpoints_are_read_while_there_is_no_slice(net: ServiceNet, daemon: Daemon) -> None:
+    ports = (EndpointPort(port=8080, name="http"),)
+    subsets = (EndpointSubset(addresses=(EndpointAddress(ip=HERE[0]),), ports=ports),)
+    daemon.apply("web", web(), Endpoints(Metadata(name="web", namespace="default"), subsets))
+    daemon.start()
+    assert server_of(net, "far", VIP, PORT) == "pod1"
+    for addresses, server in (((HERE[1],), "pod2"), ((), REFUSED.server), (None, "pod1")):
+        if addresses is None:
+            (daemon.manifests / "slice.yaml").unlink()
+        else:
+            daemon.apply("slice", pods(*addresses))
+        eventually(lambda server=server: server_of(net, "far", VIP, PORT) == server)  # type: ignore[misc]
+
+
+def test_the_older_of_two_services_has_the_address(net: ServiceNet, daemon: Daemon) -> None:
+    def show(name: str, created: str | None, address: str) -> None:
+        made = service(name, VIP, {"name": "http", "port": PORT}, created=created)
+        daemon.apply(name, made, piece(name, endpoint(address, "node")))
+
+    def answers(server: str) -> None:
+        eventually(lambda: server_of(net, "far", VIP, PORT) == server)
+
+    show("b", "2026-01-02T00:00:00Z", HERE[1])
+    daemon.start()
+    answers("pod2")
+    for created, server in (
+        ("2026-01-01T00:00:00Z", "pod1"),  # older
+        ("2026-01-03T00:00:00Z", "pod2"),  # younger
+        ("2026-01-02T00:00:00Z", "pod1"),  # as old: by name
+        (None, "pod2"),  # of unknown age
+    ):
+        show("a", created, HERE[0])
+        answers(server)
+    assert daemon.metric("pyproxy_contested_frontends") == 1
+    (daemon.manifests / "b.yaml").unlink()
+    answers("pod1")
+    assert daemon.metric("pyproxy_contested_frontends") == 0
 
 
 def test_health_checks_of_a_service(net: ServiceNet, daemon: Daemon) -> None:
