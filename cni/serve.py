@@ -19,6 +19,7 @@ from pathlib import Path
 from cni import verbs
 from cni.client import NOT_MINE, TAKEN
 from cni.context import AgentContext
+from cni.ipam.ranges import TYPE
 from pynet.kernel import netns
 
 SOCKET = "pynetd.sock"
@@ -123,13 +124,12 @@ class Server:
         try:
             with connection:
                 connection.settimeout(_IDLE_SECONDS)
-                ours = self._is_ours(connection)
-                message = _receive(connection, fds)
-                if not ours:
+                seen = _caller(connection)
+                program, environment, stdin = _request(_receive(connection, fds))
+                if not self._is_ours(seen, environment.pop("CALLER", ""), stdin):
                     connection.sendall(NOT_MINE)
                     return
                 connection.sendall(TAKEN)  # fails when the caller has given up and serves itself
-                program, environment, stdin = _request(message)
                 answer = verbs.serve(
                     environment, stdin, self._context,
                     only_ipam=program == "ipam", pod_netns=fds[0] if fds else -1,
@@ -143,11 +143,39 @@ class Server:
             for fd in fds:
                 os.close(fd)
 
-    def _is_ours(self, connection: socket.socket) -> bool:
-        """Say whether the caller is root and in our network namespace; another's pods would be wired to our bridge."""
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _ = struct.unpack("3i", raw)
-        return uid == 0 and pid > 0 and netns.path_identity(f"/proc/{pid}/ns/net") == self._own
+    def _is_ours(self, seen: tuple[int, netns.Identity | None], told: str, stdin: bytes) -> bool:
+        """Say whether the caller is root and in our network namespace: another's pods would be wired to our bridge.
+
+        What it tells of itself holds where its process cannot be seen, as from a container; whoever is root may lie.
+        Then its files are not ours either, and a call that needs them is left to it.
+        """
+        uid, space = seen
+        if uid != 0:
+            return False
+        if space is not None:
+            return space == self._own
+        space_told, _, mounts = told.partition(":")
+        if space_told != str(self._own[1]):
+            return False
+        return mounts == str(os.stat("/proc/self/ns/mnt").st_ino) or not needs_files(stdin)
+
+
+def needs_files(stdin: bytes) -> bool:
+    """Say whether a configuration names files or programs of the host: another IPAM plugin, or a path of ours."""
+    import json
+
+    try:
+        ipam = (json.loads(stdin) or {}).get("ipam") or {}
+        return bool(ipam.get("type", TYPE) != TYPE or ipam.get("dataDir") or ipam.get("resolvConf"))
+    except (ValueError, AttributeError, RecursionError):
+        return False  # it is refused, by whoever serves it
+
+
+def _caller(connection: socket.socket) -> tuple[int, netns.Identity | None]:
+    """Return the user and the network namespace of the process at the other end; None where it cannot be seen."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    return uid, netns.path_identity(f"/proc/{pid}/ns/net") if pid > 0 else None
 
 
 def _refuse_second(path: str) -> None:

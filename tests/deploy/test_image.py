@@ -237,6 +237,16 @@ def test_the_init_step_installs_executables_with_their_own_python(running: Deplo
         assert list((running.place / node / "conf").glob("*.conflist"))
 
 
+def served(deployed: Deployed, node: str) -> int:
+    """Return how many pods a node's agent has wired itself."""
+    said = deployed.kubelets[node].runtime.run("curl", "-s", "127.0.0.1:10271/metrics").stdout
+    return int(sum(float(found) for found in re.findall(r'pynetd_cni_requests_total{code="0",verb="ADD"} (\S+)', said)))
+
+
+def test_the_agent_serves_the_executables_from_its_container(running: Deployed) -> None:
+    assert (served(running, "node1"), served(running, "node2")) == (2, 1)
+
+
 def test_services_answer_from_pods_nodes_and_outside(running: Deployed) -> None:
     both = {"web-1", "web-2"}
     for protocol in ("tcp", "udp"):

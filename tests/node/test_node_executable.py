@@ -56,6 +56,27 @@ def test_the_executable_is_served_and_counted(own: Machine, netns: Names, tmp_pa
     assert own.metric('pynetd_ipam_addresses{cidr="10.244.1.0/24",state="used"}') == 0
 
 
+CONTAINED = ("unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
+
+
+def test_an_agent_in_a_container_serves_what_needs_no_file_of_the_host(
+    own: Machine, netns: Names, tmp_path: Path
+) -> None:
+    """It sees neither the caller's process nor its files: another IPAM plugin is left to the executable."""
+    own.start(before=CONTAINED)
+    call = Executable(own, tmp_path / "bin")
+    pod, other = netns("pod"), netns("other")
+    call("ADD", "c1", pod)
+    assert own.metric('pynetd_cni_requests_total{code="0",verb="ADD"}') == 1
+    (tmp_path / "bin/static").symlink_to("/usr/lib/cni/static")
+    address = {"type": "static", "addresses": [{"address": "10.244.1.77/24"}]}
+    assert json.loads(call("ADD", "c2", other, ipam=address))["ips"][0]["address"] == "10.244.1.77/24"
+    assert own.metric('pynetd_cni_requests_total{code="0",verb="ADD"}') == 1
+    call("DEL", "c2", other, ipam=address)
+    call("DEL", "c1", pod)
+    own.stop(signal.SIGKILL)  # unshare passes no SIGTERM on
+
+
 def test_pods_come_up_while_the_agent_is_killed_and_started(own: Machine, netns: Names, tmp_path: Path) -> None:
     own.start()
     call = Executable(own, tmp_path / "bin")

@@ -63,11 +63,19 @@ class Machine:
     def withdraw(self) -> None:
         (self.manifests / f"{self.name}.yaml").unlink()
 
-    def start(self, *flags: str, cluster: str | None = CLUSTER, source: str = "", ready: bool = True) -> None:
+    def start(
+        self,
+        *flags: str,
+        cluster: str | None = CLUSTER,
+        source: str = "",
+        ready: bool = True,
+        before: tuple[str, ...] = (),
+    ) -> None:
+        """Start the agent, `before` it a command that starts it elsewhere; return when it is ready."""
         arguments = [source or f"--manifests={self.manifests}", f"--node-name={self.name}", f"--state-dir={self.state}"]
         arguments += [f"--cni-conf-dir={self.conf}", *([f"--cluster-cidr={cluster}"] if cluster else []), *flags]
         with self.log.open("a") as log:
-            self.agent = self.space.start(str(programs() / "pynetd"), *arguments, stderr=log)
+            self.agent = self.space.start(*before, str(programs() / "pynetd"), *arguments, stderr=log)
         if ready:
             try:
                 until(f"{self.name} ready", lambda: self.get("/readyz")[0] == 200)
