@@ -281,6 +281,8 @@ class Engine:
             self._pending[family].clear()
             self._observe(change, result.written, took, is_partial)
         self._note_refused(result.refused)
+        if result.refused:
+            self._count_failure(is_partial)
         self._is_sound = True
         if not is_partial:  # a full write has compared everything
             self._audited_at = self._checked_at = self._clock()

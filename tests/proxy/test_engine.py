@@ -237,6 +237,8 @@ def test_a_refused_service_is_set_aside_later_and_others_go_on(blames: bool) -> 
     bench.start(*web("good1", 1))
     bench.tell(*web("bad", 9), *web("good2", 2), *web("good3", 3))
     assert bench.services == {"good1", "good2", "good3"}
+    failures = "kubeproxy_sync_proxy_rules_iptables_restore_failures_total"
+    assert bench.metrics.registry.get_sample_value(failures, {"ip_family": "IPv4"}) == 1
     calls = len(bench.kernel.calls)
     bench.tell(*web("good4", 4))
     assert bench.services == {"good1", "good2", "good3", "good4"}

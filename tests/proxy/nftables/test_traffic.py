@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from proxy.metrics import Metrics
 from proxy.modes.nftables.mode import Nftables
@@ -38,10 +39,12 @@ def net() -> Iterator[ServiceNet]:
 
 
 @contextmanager
-def serving(net: ServiceNet, *servers: VirtualServer) -> Iterator[tuple[Nftables, Plan]]:
+def serving(
+    net: ServiceNet, *servers: VirtualServer, service_cidrs: tuple[str, ...] = ()
+) -> Iterator[tuple[Nftables, Plan]]:
     with inside(net.node):
         mode = Nftables()
-        wanted = plan(*servers)
+        wanted = plan(*servers, settings=replace(plan().settings, service_cidrs=service_cidrs))
         mode.sync([wanted])
         try:
             yield mode, wanted
@@ -61,13 +64,17 @@ def test_what_is_not_let_through_is_counted_by_reason_and_frontend(net: ServiceN
         server("a/none", cluster_ip("10.96.0.1", 80)),
         server("a/held", cluster_ip("10.96.0.2", 80, DROP, DROP, DROP), cluster=some),
         server("a/shut", load_balancer("203.0.113.1", 80, ranges=("192.168.77.0/26",)), cluster=some),
+        service_cidrs=("192.168.77.248/29",),
     ) as (mode, _):
         for _ in range(3):
             assert net.ask("outside", "10.96.0.1", 80) == REFUSED
         assert net.ask("outside", "10.96.0.2", 80, wait=0.2) == SILENCE
         assert net.ask("outside", "203.0.113.1", 80, wait=0.2) == SILENCE
         assert net.ask("other", "203.0.113.1", 80).server == "pod1"
+        for client in ("pod1", "node", "pod2"):
+            assert net.ask(client, "192.168.77.250", 80, wait=0.2) == SILENCE
         found = mode.drops()
+        assert found["unallocated"] == {(Family.V4, "tcp"): 3}
         assert found["no-endpoint"] == {(Family.V4, "10.96.0.1 . tcp . 80"): 3}
         assert found["local-policy"] == {(Family.V4, "10.96.0.2 . tcp . 80"): 1}
         assert found["source-range"] == {(Family.V4, "203.0.113.1 . tcp . 80"): 1}
