@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from proxy.modes.iptables.layout import client_lists
+from proxy.modes.iptables.balance import client_lists
 from proxy.plan import Plan
 from pynet.daemon import logs
 from pynet.kernel import recent

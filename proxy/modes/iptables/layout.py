@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 
 from proxy.modes.hairpin import SAME_ADDRESS
 from proxy.modes.iptables import dispatch
-from proxy.modes.iptables.dispatch import Chains, Directory, Entry, digest
+from proxy.modes.iptables.balance import balance, digest_of
+from proxy.modes.iptables.dispatch import Chains, Directory, Entry
 from proxy.plan import (
     Action,
-    Endpoint,
     Family,
     Frontend,
     FrontendKind,
@@ -26,7 +25,6 @@ from proxy.plan import (
     NodeSettings,
     Origin,
     Plan,
-    Scheduler,
     Verdict,
     VirtualServer,
     inside,
@@ -48,7 +46,6 @@ COUNTING = {
     "iptables_localhost_nodeports_accepted_packets": ("nat", "PYNET-POSTROUTING", "--ctorigdst 127.0.0.0/8"),
 }
 _LOOPBACK = {Family.V4: "127.0.0.0/8", Family.V6: "::1/128"}
-_MAX_SLOTS = 256
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./: -]")
 
 
@@ -58,16 +55,11 @@ def refuse_mark(settings: NodeSettings) -> int:
     return mark << 1 if mark < 1 << 31 else mark >> 1
 
 
-def _digest(server: VirtualServer, part: str = "") -> str:
-    key = server.key
-    return digest("\n".join((key.service, key.port_name, key.protocol, part)))
-
-
 def chain_for(server: VirtualServer, action: Action) -> str:
     """Return the chain that does `action` for a Service port."""
     if action is Action.DROP:
         return "PYNET-DROP"
-    return f"PYNET-{'SVL' if action is Action.LOCAL else 'SVC'}-{_digest(server)}"
+    return f"PYNET-{'SVL' if action is Action.LOCAL else 'SVC'}-{digest_of(server)}"
 
 
 def entries_of(server: VirtualServer, settings: NodeSettings) -> tuple[Entry, ...]:
@@ -96,9 +88,9 @@ def server_chains(server: VirtualServer, settings: NodeSettings) -> Chains:
     actions = {v.action for f in server.frontends for v in (f.pod, f.node, f.outside)}
     if actions & {Action.CLUSTER, Action.REJECT}:
         name = chain_for(server, Action.CLUSTER)
-        chains[name] = _balance(server, server.cluster if Action.CLUSTER in actions else ())
+        chains[name] = balance(server, server.cluster if Action.CLUSTER in actions else ())
     if Action.LOCAL in actions:
-        chains[chain_for(server, Action.LOCAL)] = _balance(server, server.local)
+        chains[chain_for(server, Action.LOCAL)] = balance(server, server.local)
     for frontend in server.frontends:
         if not _goes_straight(frontend, settings):
             name = _origin_chain(server, frontend)
@@ -320,9 +312,9 @@ def _origin_chain(server: VirtualServer, frontend: Frontend) -> str:
     first = next(f for f in server.frontends if f.kind is not FrontendKind.CLUSTER_IP or f is frontend)
     verdicts = (frontend.pod, frontend.node, frontend.outside)
     if verdicts == (first.pod, first.node, first.outside) and frontend.kind is not FrontendKind.CLUSTER_IP:
-        return f"PYNET-EXT-{_digest(server)}"
+        return f"PYNET-EXT-{digest_of(server)}"
     spelled = "|".join(f"{v.action.value}{int(v.masquerade)}" for v in verdicts)
-    return f"PYNET-EXT-{_digest(server, spelled)}"
+    return f"PYNET-EXT-{digest_of(server, spelled)}"
 
 
 def _inner_chain(server: VirtualServer, frontend: Frontend, settings: NodeSettings) -> str:
@@ -333,7 +325,7 @@ def _inner_chain(server: VirtualServer, frontend: Frontend, settings: NodeSettin
 
 def _entry_chain(server: VirtualServer, frontend: Frontend, settings: NodeSettings) -> str:
     if frontend.source_ranges is not None:
-        return f"PYNET-FW-{_digest(server, f'{frontend.address}|{frontend.port}')}"
+        return f"PYNET-FW-{digest_of(server, f'{frontend.address}|{frontend.port}')}"
     return _inner_chain(server, frontend, settings)
 
 
@@ -358,78 +350,6 @@ def _origin_rules(server: VirtualServer, frontend: Frontend, settings: NodeSetti
                 rules.append(f"{match}{_mark(mark if verdict.masquerade else 0, mark)}")
             rules.append(f"{match}-j {chain_for(server, verdict.action)}")
     return rules
-
-
-def _balance(server: VirtualServer, endpoints: tuple[Endpoint, ...]) -> list[str]:
-    """Return the rules that choose one of `endpoints`; without any, the connection is refused."""
-    if not endpoints:
-        return ["-j PYNET-REJECT"]
-    protocol = f"-p {server.key.protocol.lower()} "
-    targets = [_target(endpoint) for endpoint in endpoints]
-    if not server.affinity_seconds:
-        return [
-            f"{protocol}{chance}-j DNAT --to-destination {targets[index]}"
-            for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
-        ]
-    mask = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff" if ":" in endpoints[0].address else "255.255.255.255"
-    lists = _client_lists(server, endpoints)
-    known = [
-        f"{protocol}-m recent --update --seconds {server.affinity_seconds} --reap "
-        f"--name {name} --mask {mask} --rsource -j DNAT --to-destination {target}"
-        for name, target in zip(lists, targets, strict=True)
-    ]
-    return known + [
-        f"{protocol}{chance}-m recent --set --name {lists[index]} --mask {mask} --rsource "
-        f"-j DNAT --to-destination {targets[index]}"
-        for chance, index in _chances(server.scheduler, tuple(endpoint.weight for endpoint in endpoints))
-    ]
-
-
-def client_lists(server: VirtualServer) -> list[str]:
-    """Return the names of the lists in which the kernel remembers a Service port's clients: one an endpoint."""
-    return _client_lists(server, (*server.cluster, *server.local)) if server.affinity_seconds else []
-
-
-def _client_lists(server: VirtualServer, endpoints: Iterable[Endpoint]) -> list[str]:
-    return [f"PYNET-{_digest(server, _target(endpoint))}" for endpoint in endpoints]
-
-
-def _target(endpoint: Endpoint) -> str:
-    return f"[{endpoint.address}]:{endpoint.port}" if ":" in endpoint.address else f"{endpoint.address}:{endpoint.port}"
-
-
-@lru_cache(maxsize=4096)
-def _chances(scheduler: str, weights: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
-    """Return (match, index) in order: each match is tried on what the ones before it left; the last one takes all.
-
-    Round robin counts connections (`nth`), a slot a weight unit; random, and weights too great for slots, by chance.
-    """
-    if scheduler == Scheduler.ROUND_ROBIN.value and (slots := _slots(weights)):
-        count = len(slots)
-        return tuple(
-            (f"-m statistic --mode nth --every {count - place} --packet 0 " if place < count - 1 else "", index)
-            for place, index in enumerate(slots)
-        )
-    left = sum(weights)
-    found = []
-    for index, weight in enumerate(weights):
-        chance = f"-m statistic --mode random --probability {_probability(weight / left)} " if weight < left else ""
-        found.append((chance, index))
-        left -= weight
-    return tuple(found)
-
-
-def _slots(weights: tuple[int, ...]) -> list[int]:
-    """Return the indexes in turn, each as often as its weight; empty where that would be too many rules."""
-    if sum(weights) > max(_MAX_SLOTS, len(weights)):
-        return [] if len(set(weights)) > 1 else list(range(len(weights)))
-    turns = max(weights)
-    return [index for turn in range(turns) for index, weight in enumerate(weights) if weight > turn]
-
-
-def _probability(chance: float) -> str:
-    """Return a chance as iptables-save prints what the kernel keeps of it: 31 bits."""
-    return f"{round(chance * 0x80000000) / 0x80000000:.11f}"
 
 
 def _comment(server: VirtualServer, frontend: Frontend) -> str:

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from proxy.modes import ApplyError
-from proxy.modes.iptables import layout
+from proxy.modes.iptables.balance import client_lists
 from proxy.modes.iptables.mode import IptablesMode, parse
 from proxy.plan import Endpoint, Family, Plan, PlanChange
 from pynet.kernel import recent
@@ -247,7 +247,7 @@ def test_a_full_list_of_clients_is_told_once(netns: Names, backend: Backend, cap
         mode = IptablesMode(backend)
         mode.sync([plan(sticky)])
         most = recent.most_addresses()
-        name = layout.client_lists(sticky)[1]
+        name = client_lists(sticky)[1]
         for number in range(most + 50):
             if number == most:
                 assert mode.audit().found == ()
