@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from cni.spec import BAD_CONFIG, DECODING, INCOMPATIBLE, CniError, at_least
@@ -137,39 +139,82 @@ def _old(result: Result, version: str) -> dict[str, Any]:
 
 
 def parse_result(raw: object, version: str, where: str = "prevResult") -> Result:
-    """Return a result read in `version`'s shape. Raise `CniError` 6, naming the field after `where`."""
+    """Return a result read in `version`'s shape. Raise `CniError` 6 or 7, naming the field after `where`."""
     if not isinstance(raw, dict):
-        raise CniError(DECODING, f"field {where} is not an object")
-    try:
-        if "ip4" in raw or "ip6" in raw:
-            return _parse_old(raw)
-        return Result(
-            interfaces=tuple(
-                Interface(
-                    entry.get("name", ""), entry.get("mac") or "", entry.get("sandbox") or "", entry.get("mtu") or 0,
-                    entry.get("socketPath") or "", entry.get("pciID") or "",
-                )
-                for entry in raw.get("interfaces") or ()
-            ),
-            ips=tuple(
-                Ip(entry["address"], entry.get("gateway") or "", entry.get("interface"))
-                for entry in raw.get("ips") or ()
-            ),
-            routes=tuple(parse_route(entry, where) for entry in raw.get("routes") or ()),
-            dns=parse_dns(raw.get("dns"), f"{where}.dns"),
-        )  # fmt: skip
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CniError(DECODING, f"field {where} is not a result of version {version}: {error!r}") from None
+        raise CniError(DECODING, f"field {where} is not an object: expected a result of version {version}")
+    if "ip4" in raw or "ip6" in raw:
+        return _parse_old(raw, where)
+    return Result(
+        interfaces=tuple(_parse_interface(entry, at) for at, entry in _objects(raw, "interfaces", where)),
+        ips=tuple(_parse_ip(entry, "address", at) for at, entry in _objects(raw, "ips", where)),
+        routes=tuple(_parse_result_route(entry, at) for at, entry in _objects(raw, "routes", where)),
+        dns=parse_dns(raw.get("dns"), f"{where}.dns"),
+    )
 
 
-def _parse_old(raw: Mapping[str, Any]) -> Result:
+def _parse_old(raw: Mapping[str, Any], where: str) -> Result:
     ips, routes = [], []
     for key in ("ip4", "ip6"):
         part = raw.get(key)
-        if part:
-            ips.append(Ip(part["ip"], part.get("gateway") or ""))
-            routes += [parse_route(entry, key) for entry in part.get("routes") or ()]
-    return Result(ips=tuple(ips), routes=tuple(routes), dns=parse_dns(raw.get("dns"), "dns"))
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise CniError(DECODING, f"field {where}.{key} is not an object")
+        ips.append(_parse_ip(part, "ip", f"{where}.{key}"))
+        routes += [_parse_result_route(entry, at) for at, entry in _objects(part, "routes", f"{where}.{key}")]
+    return Result(ips=tuple(ips), routes=tuple(routes), dns=parse_dns(raw.get("dns"), f"{where}.dns"))
+
+
+def _parse_interface(entry: Mapping[str, Any], where: str) -> Interface:
+    keys = ("name", "mac", "sandbox", "socketPath", "pciID")
+    name, mac, sandbox, socket_path, pci_id = (_text(entry, key, where) for key in keys)
+    mtu = entry.get("mtu") or 0
+    if not isinstance(mtu, int) or isinstance(mtu, bool):
+        raise CniError(DECODING, f"field {where}.mtu is not a whole number: {mtu!r}")
+    return Interface(name, mac, sandbox, mtu, socket_path, pci_id)
+
+
+def _parse_ip(entry: Mapping[str, Any], key: str, where: str) -> Ip:
+    address, gateway = _text(entry, key, where), _text(entry, "gateway", where)
+    _refuse_unparsed(ipaddress.ip_interface, address, f"{where}.{key}")
+    if gateway:
+        _refuse_unparsed(ipaddress.ip_address, gateway, f"{where}.gateway")
+        if (":" in gateway) != (":" in address):
+            raise CniError(DECODING, f"field {where}.gateway: {gateway} is not of the family of {address}")
+    interface = entry.get("interface")
+    if interface is not None and (not isinstance(interface, int) or isinstance(interface, bool)):
+        raise CniError(DECODING, f"field {where}.interface is not a whole number: {interface!r}")
+    return Ip(address, gateway, interface)
+
+
+def _parse_result_route(entry: Mapping[str, Any], where: str) -> Route:
+    route = parse_route(entry, where)
+    _refuse_unparsed(partial(ipaddress.ip_network, strict=False), route.dst, f"{where}.dst")
+    if route.gw:
+        _refuse_unparsed(ipaddress.ip_address, route.gw, f"{where}.gw")
+    return route
+
+
+def _objects(raw: Mapping[str, Any], key: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the objects of a list, each with where it stands."""
+    entries = raw.get(key) or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CniError(DECODING, f"field {where}.{key} is not a list of objects")
+    return [(f"{where}.{key}[{number}]", entry) for number, entry in enumerate(entries)]
+
+
+def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
+    value = entry.get(key) or ""
+    if not isinstance(value, str):
+        raise CniError(DECODING, f"field {where}.{key} is not text: {value!r}")
+    return value
+
+
+def _refuse_unparsed(parse: Callable[[str], object], value: str, where: str) -> None:
+    try:
+        parse(value)
+    except ValueError as error:
+        raise CniError(DECODING, f"field {where}: {error}") from None
 
 
 def parse_route(entry: object, where: str) -> Route:

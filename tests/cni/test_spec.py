@@ -128,12 +128,34 @@ def test_a_result_reads_back(version: str) -> None:
     assert shape(version, back) == shape(version)
 
 
-@pytest.mark.parametrize("raw", [[], {"ips": [1]}, {"ips": [{}]}, {"interfaces": "x"}, {"ip4": {}, "ip6": 3}])
-def test_a_broken_result_is_named(raw: Any) -> None:
+IP = {"address": "10.0.0.2/24"}
+BROKEN: list[tuple[Any, str]] = [
+    ([], "prevResult is not an object"),
+    ({"ips": [1]}, "prevResult.ips is not a list of objects"),
+    ({"ips": {}, "routes": "x"}, "prevResult.routes is not a list of objects"),
+    ({"ips": [{}]}, "prevResult.ips[0].address"),
+    ({"ips": [IP, IP | {"address": 5}]}, "prevResult.ips[1].address is not text"),
+    ({"ips": [IP | {"gateway": "x"}]}, "prevResult.ips[0].gateway"),
+    ({"ips": [IP | {"gateway": "fd00::1"}]}, "prevResult.ips[0].gateway: fd00::1 is not of the family of 10.0.0.2/24"),
+    ({"ips": [IP | {"interface": "0"}]}, "prevResult.ips[0].interface is not a whole number"),
+    ({"interfaces": "x"}, "prevResult.interfaces is not a list of objects"),
+    ({"interfaces": [{"name": []}, {"name": 5}]}, "prevResult.interfaces[1].name is not text"),
+    ({"interfaces": [{"name": "a", "mtu": "x"}]}, "prevResult.interfaces[0].mtu is not a whole number"),
+    ({"routes": [{"dst": "x"}]}, "prevResult.routes[0].dst"),
+    ({"routes": [{"dst": "10.0.0.0/8", "gw": "x"}]}, "prevResult.routes[0].gw"),
+    ({"routes": [{}]}, "prevResult.routes[0]"),
+    ({"dns": 5}, "prevResult.dns"),
+    ({"ip4": {}, "ip6": 3}, "prevResult.ip4.ip"),
+    ({"ip4": 3}, "prevResult.ip4 is not an object"),
+]
+
+
+@pytest.mark.parametrize(("raw", "words"), BROKEN, ids=[row[1] for row in BROKEN])
+def test_a_broken_result_is_named(raw: Any, words: str) -> None:
     with pytest.raises(CniError) as refused:
         results.parse_result(raw, "1.0.0")
-    assert refused.value.code == 6
-    assert "prevResult" in refused.value.message
+    assert refused.value.code in (6, 7)
+    assert f"field {words}" in refused.value.message
 
 
 def test_an_error_object_has_what_the_specification_asks() -> None:
