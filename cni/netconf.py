@@ -26,7 +26,8 @@ MARK_BIT = 13
 NO_LIMIT = (1 << 32) - 1
 """The burst, in bytes, from which the reference refuses."""
 
-_MAC = re.compile(r"(?:[0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}\Z")
+_MAC = re.compile(r"(?:[0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}\Z|(?:[0-9a-fA-F]{4}\.){2}[0-9a-fA-F]{4}\Z")
+"""The three ways of writing that Go's parser knows."""
 _IFNAME = re.compile(r"[^/:\s]{1,15}\Z")
 
 
@@ -213,10 +214,10 @@ def _mac(config: Mapping[str, Any], args: Mapping[str, str], runtime: Mapping[st
     ):
         if not found:
             continue
-        mac = found.lower().replace("-", ":")
-        if not _MAC.match(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        digits = re.sub("[:.-]", "", found.lower())
+        if not _MAC.match(found) or int(digits[:2], 16) & 1 or not int(digits, 16):
             raise CniError(BAD_CONFIG, f"field {where}: {found!r} is no unicast hardware address")
-        return mac
+        return ":".join(digits[at : at + 2] for at in range(0, 12, 2))
     return ""
 
 

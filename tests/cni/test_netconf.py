@@ -113,6 +113,7 @@ def test_the_hardware_address_comes_from_three_places() -> None:
     args = {"MAC": "02:00:00:00:00:01", "IgnoreUnknown": "1"}
     of_args, of_runtime = {"cni": {"mac": "02-00-00-00-00-0A"}}, {"mac": "02:00:00:00:00:03"}
     assert parse(args).mac == "02:00:00:00:00:01"
+    assert parse(runtimeConfig={"mac": "0200.00ab.CDEF"}).mac == "02:00:00:ab:cd:ef"
     assert parse(args, args=of_args).mac == "02:00:00:00:00:0a"
     assert parse(args, args=of_args, runtimeConfig=of_runtime).mac == "02:00:00:00:00:03"
 
