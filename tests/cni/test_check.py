@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from support.cni import CniFailure, Forking, Pod, Runtime, links
+from support.cni import CniFailure, Forking, Pod, links
 from support.netns import Names
 
 pytestmark = pytest.mark.root
 
 FOUR = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
 DUAL = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]]}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    """One host for all tests here: a process that has the plugin loaded takes long to start."""
+    names = Names()
+    try:
+        yield Forking(names("host"), tmp_path_factory.mktemp("host") / "state")
+    finally:
+        names.close()
+
+
+@pytest.fixture
+def forking(shared: Forking) -> Iterator[Forking]:
+    """The host, as it was made."""
+    yield shared
+    shared.host.run("sh", "-c", "nft flush ruleset; ip link del cni0", check=False)
+    shutil.rmtree(shared.state, ignore_errors=True)
 
 
 def refusal(pod: Pod) -> str:
@@ -60,8 +79,9 @@ SPOILED: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("keys", "spoil", "words"), SPOILED, ids=[row[1] + str(row[0] or "") for row in SPOILED])
 def test_check_names_what_is_missing_or_changed(
-    runtime: Runtime, pod: Pod, keys: dict[str, Any], spoil: str, words: str
+    forking: Forking, netns: Names, keys: dict[str, Any], spoil: str, words: str
 ) -> None:
+    runtime, pod = forking, Pod(forking, netns("pod"))
     result = pod.add(runtime.conf(isDefaultGateway=True, ipam=FOUR, **keys))
     pod.check()
     veth = result["interfaces"][1]["name"]
@@ -99,11 +119,6 @@ CHANGED = [
     ("fd00:77::/64 via fd00:9::1 mtu 1400 metric 50", "mtu is 1400, expected 1300"),
     ("fd00:77::/64 via fd00:9::1 mtu 1300 metric 51", "priority is 51, expected 50"),
 ]
-
-
-@pytest.fixture
-def forking(netns: Names, tmp_path: Path) -> Forking:
-    return Forking(netns("host"), tmp_path / "state")
 
 
 def test_each_field_of_a_route(forking: Forking, netns: Names) -> None:

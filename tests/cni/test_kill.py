@@ -54,10 +54,11 @@ def left(runtime: Runtime) -> dict[str, Any]:
     found["nft"] = re.sub(
         r"table ip6? nat \{\n(\tchain POSTROUTING \{[^}]*\}\n)?\}\n", "", found["nft"]
     )  # iptables keeps it
-    found["flows"] = conntrack(runtime, "-L", "-p", "udp").splitlines()
-    neighbours = runtime.host.run("ip", "neigh", "show").splitlines()
-    found["neighbours"] = [line for line in neighbours if not line.startswith("fe80")]  # those IPAM did not give out
-    found["forwarding"] = re.findall(r"02:00:00:00:00:77", runtime.host.run("bridge", "fdb", "show"))
+    commands = "conntrack -L -p udp 2>/dev/null; echo ----; ip neigh show; echo ----; bridge fdb show"
+    flows, neighbours, forwarding = runtime.host.run("sh", "-c", commands).split("----\n")
+    found["flows"] = flows.splitlines()
+    found["neighbours"] = [line for line in neighbours.splitlines() if not line.startswith("fe80")]  # not IPAM's
+    found["forwarding"] = re.findall(r"02:00:00:00:00:77", forwarding)
     for name, query in (("attachments", "attachments"), ("attachments", "ports"), ("ipam/net", "reservations")):
         path = runtime.state / f"{name}.db"
         if path.exists():
@@ -69,17 +70,13 @@ def left(runtime: Runtime) -> dict[str, Any]:
     return found
 
 
-def conntrack(runtime: Runtime, *arguments: str) -> str:
-    return runtime.host.run("conntrack", *arguments, check=False)
-
-
 def use(pod: Pod) -> None:
     """Leave what traffic of a pod leaves: a flow of its own, one to its host port, neighbours, a forwarding entry."""
     runtime = pod.runtime
     flow = f"-I -p udp --timeout 90 --sport 9 --src {pod.ip} --dst 192.0.2.9 --dport 53"
     to_port = f"-I -p udp --timeout 90 --sport 9 --src 192.0.2.9 --dst 192.0.2.1 --dport 5353 --dst-nat {pod.ip}:53"
     for line in (flow, to_port):
-        conntrack(runtime, *line.split())
+        runtime.host.run("conntrack", *line.split())
     port = next(name for name, link in links(runtime.host).items() if name.startswith("veth"))
     addresses = [each["address"].partition("/")[0] for each in pod.result["ips"]]
     runtime.host.batch(*(f"neigh replace {one} lladdr 02:00:00:00:00:77 dev cni0 nud stale" for one in addresses))
