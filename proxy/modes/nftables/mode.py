@@ -6,6 +6,7 @@ what the kernel holds is `Table`s: a change never reads the kernel.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import platform
 import re
@@ -176,7 +177,16 @@ class Nftables:
         return "input" in self._kernel().chains("ip", TABLE)
 
     def cleanup(self) -> None:
-        """Remove our tables, in both families."""
+        """Remove our tables, in both families: what leads packets there first.
+
+        A packet between two lookups when all sets go at once would find its Service and no endpoint: be refused.
+        """
+        hooked = Script()
+        for words in WORDS.values():
+            names = (name for name, hook in self._kernel().chains(words.ip, TABLE).items() if hook)
+            hooked.lines += [f"delete chain {words.ip} {TABLE} {name}" for name in names]
+        with contextlib.suppress(ApplyError):  # somebody else may be removing them
+            self._nft(hooked)
         script = Script()
         for words in WORDS.values():
             script.lines += [f"add table {words.ip} {TABLE}", f"delete table {words.ip} {TABLE}"]
