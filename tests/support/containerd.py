@@ -2,9 +2,9 @@
 
 `build_image` makes a small image of busybox-static on the spot; `Containerd` starts the daemon, imports it, runs
 containers through a CNI configuration folder (`ctr run --cni`), and with `cri=True` serves the CRI as well. `close`
-leaves nothing: no process, mount, cgroup or file. In the private mount namespace /run, /etc/cni, /opt/cni and /lib are
-its own (paths that containerd and pods have built in), whatever else is under /run can be seen as it is on the host,
-or nothing of it (`alone=True`): then it is a machine of its own.
+leaves nothing: no process, mount, cgroup or file. In the private mount namespace /run, /etc, /opt, /lib and /var/lib
+are its own (paths that containerd and pods have built in), whatever else is under /run can be seen as it is on the
+host, or nothing of it (`alone=True`): then it is a machine of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ for entry in "$old"/$seen/; do
     mkdir -p "/run/$name"; mount -n --rbind "$old/$name" "/run/$name"
 done
 mount -n -t tmpfs tmpfs "$tmp"
-for place in etc opt usr/lib; do
+for place in etc opt usr/lib var/lib; do
     mkdir -p "$tmp/$place/up" "$tmp/$place/work" "/$place"
     mount -n -t overlay overlay -o "lowerdir=/$place,upperdir=$tmp/$place/up,workdir=$tmp/$place/work" "/$place"
 done
