@@ -30,10 +30,11 @@ def ifb_link(container: str, ifname: str) -> str:
 def mac(link: str) -> str:
     """Return the hardware address of a link on the host, locally administered.
 
-    One that is set stays: systemd's MACAddressPolicy changes those that the kernel has drawn (plugins#805).
+    One that is set stays: systemd's MACAddressPolicy changes those that the kernel has drawn (plugins#805). It begins
+    high, as a bridge takes the lowest of its ports'.
     """
     digest = blake2b(link.encode(), digest_size=5).hexdigest()
-    return ":".join(["02", *(digest[at : at + 2] for at in range(0, 10, 2))])
+    return ":".join(["fe", *(digest[at : at + 2] for at in range(0, 10, 2))])
 
 
 def number(container: str, ifname: str) -> int:
