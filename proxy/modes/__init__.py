@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -29,6 +29,16 @@ class Written(msgspec.Struct, frozen=True):
     objects: int = 0
     render_seconds: float = 0.0
     apply_seconds: float = 0.0
+
+    @staticmethod
+    def sum(parts: Iterable[Written]) -> Written:
+        """Return what several passes wrote together."""
+        parts = list(parts)
+        return Written(
+            sum(part.objects for part in parts),
+            sum(part.render_seconds for part in parts),
+            sum(part.apply_seconds for part in parts),
+        )
 
 
 class Drift(msgspec.Struct, frozen=True):

@@ -88,7 +88,7 @@ class IptablesMode:
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
-        written = _sum([self._converge(plan)[0] for plan in plans])
+        written = Written.sum([self._converge(plan)[0] for plan in plans])
         if not self._is_alone:
             self._is_alone = True
             self._clean_other_backend()
@@ -96,7 +96,7 @@ class IptablesMode:
 
     def update(self, changes: Sequence[PlanChange]) -> Written:
         """Rewrite the chains of the servers that changed. Raise `ApplyError`."""
-        return _sum(
+        return Written.sum(
             self._update(change)
             if change.old.settings == change.new.settings and change.new.family in self._standing.keys() - self._unsure
             else self._converge(change.new)[0]
@@ -327,12 +327,3 @@ def _owners(plan: Plan) -> dict[str, ServerKey]:
     return {
         chain: server.key for server in plan.servers.values() for chain in layout.server_chains(server, plan.settings)
     }
-
-
-def _sum(written: Iterable[Written]) -> Written:
-    parts = list(written)
-    return Written(
-        sum(part.objects for part in parts),
-        sum(part.render_seconds for part in parts),
-        sum(part.apply_seconds for part in parts),
-    )

@@ -80,11 +80,11 @@ class IpvsMode:
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Read what the kernel holds of ours and write what differs. Raise `ApplyError`."""
-        return _sum(_guarded(self._converge, plan)[0] for plan in plans)
+        return Written.sum(_guarded(self._converge, plan)[0] for plan in plans)
 
     def update(self, changes: Sequence[PlanChange]) -> Written:
         """Write what differs in the Service ports that changed. Raise `ApplyError`."""
-        return _sum(_guarded(self._update, change) for change in changes)
+        return Written.sum(_guarded(self._update, change) for change in changes)
 
     def audit(self) -> Drift:
         """Read the kernel back and repair what differs from the last plans. Raise `ApplyError`."""
@@ -349,12 +349,3 @@ def _guarded(work: Callable[[A], R], argument: A) -> R:
         layout.OutOfMarks,
     ) as error:
         raise ApplyError(str(error)) from error
-
-
-def _sum(written: Iterable[Written]) -> Written:
-    parts = list(written)
-    return Written(
-        sum(part.objects for part in parts),
-        sum(part.render_seconds for part in parts),
-        sum(part.apply_seconds for part in parts),
-    )

@@ -124,11 +124,11 @@ class UserspaceMode:
 
     def sync(self, plans: Sequence[Plan]) -> Written:
         """Open the doors of `plans`, close all others, write the rules anew. Raise `ApplyError`."""
-        return _sum(self._take(plan, None) for plan in plans)
+        return Written.sum(self._take(plan, None) for plan in plans)
 
     def update(self, changes: Sequence[PlanChange]) -> Written:
         """Open, change and close the doors that differ. Raise `ApplyError`."""
-        return _sum(
+        return Written.sum(
             self._take(change.new, change.keys if self._is_small(change) else None)
             for change in changes
             if change.keys or change.old.settings != change.new.settings
@@ -396,12 +396,3 @@ def _forever(loop: asyncio.AbstractEventLoop) -> None:
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
-
-
-def _sum(written: Iterable[Written]) -> Written:
-    parts = list(written)
-    return Written(
-        sum(part.objects for part in parts),
-        sum(part.render_seconds for part in parts),
-        sum(part.apply_seconds for part in parts),
-    )
