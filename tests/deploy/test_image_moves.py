@@ -16,7 +16,7 @@ from support.nodes import until
 if not os.environ.get("PYNET_IMAGE"):
     pytest.skip("no PYNET_IMAGE: `make try-image` builds one", allow_module_level=True)
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-NAME = "docker.io/library/pynet:0.1.0"
+NAME = "pynet:0.1.0"
 # What kubeadm writes for kube-proxy (1.36), the fields that are empty there as well.
 KUBEADM = """
 apiVersion: kubeproxy.config.k8s.io/v1alpha1

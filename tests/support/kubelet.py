@@ -221,7 +221,7 @@ class Kubelet:
         capabilities = security.get("capabilities", {})
         return Container(
             wanted["name"],
-            wanted["image"] if "/" in wanted["image"] else f"docker.io/library/{wanted['image']}",
+            wanted["image"],
             [_expanded(word, env) for word in wanted["command"]],
             [_expanded(word, env) for word in wanted.get("args", ())],
             env,
