@@ -264,7 +264,10 @@ class _Adding:
                 link = wiring.pod_link(self.pod, ifname)
             else:
                 kernel_routes = [gateways.kernel_route(route, ips) for route in routes]
-                link = wiring.configure(self.pod, ifname, addresses, kernel_routes, dad=self.conf.enable_dad)
+                link = wiring.configure(
+                    self.pod, ifname, addresses, kernel_routes,
+                    dad=self.conf.enable_dad, routed=self.conf.is_gateway,
+                )  # fmt: skip
         step("add-pod")
         return link
 

@@ -201,9 +201,13 @@ def connect(
 
 
 def configure(
-    pod: netlink.Socket, ifname: str, addresses: list[IpInterface], routes: list[rtnl.Route], *, dad: bool
+    pod: netlink.Socket, ifname: str, addresses: list[IpInterface], routes: list[rtnl.Route], *, dad: bool, routed: bool
 ) -> Link:
-    """Give the pod's end its addresses and routes and put it up. To be called inside the pod's namespace."""
+    """Give the pod's end its addresses and routes and put it up. To be called inside the pod's namespace.
+
+    Where its only way out is the host's (`routed`), a pod without an IPv6 address gets no link-local one either: it
+    would be announced to every pod of the bridge, for as long as which nobody's link can be changed.
+    """
     link = pod_link(pod, ifname)
     ipv6 = [address for address in addresses if address.version == 6]
     if ipv6:
@@ -214,6 +218,9 @@ def configure(
         sysctl.write(f"net/ipv6/conf/{ifname}/keep_addr_on_down", 1)
     flags = 0 if dad else rtnl.F_NODAD
     messages, names = [rtnl.set_link(link.ifindex, arp_notify=True)], ["arp_notify"]
+    if routed and not ipv6:
+        messages.append(rtnl.set_link(link.ifindex, link_local=False))
+        names.append("")  # it fails without IPv6
     for address in addresses:  # IPv4 before the link is up: then the kernel announces it (arp_notify)
         if address.version == 4:
             messages.append(rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen))
@@ -224,7 +231,7 @@ def configure(
         messages.append(rtnl.address_request(link.ifindex, address.packed, address.network.prefixlen, flags=flags))
         names.append(f"address {address}")
     for error, name in zip(pod.batch(messages), names, strict=True):
-        if error is not None:
+        if error is not None and name:
             raise netlink.NetlinkError(error.errno, f"{ifname}: {name}: {error.strerror}")
     if ipv6 and dad:
         _wait_for_dad(pod, link)

@@ -29,6 +29,7 @@ NUD_REACHABLE, NUD_PERMANENT = 0x02, 0x80
 F_NODAD, F_DADFAILED, F_TENTATIVE = 0x02, 0x08, 0x40
 _EXT_BRVLAN, _EXT_SKIP_STATS = 2, 8
 _ARP_NOTIFY = 22  # IPV4_DEVCONF_ARP_NOTIFY
+_ADDR_GEN_MODE, _EUI64, _NONE = 8, 0, 1  # IFLA_INET6_ADDR_GEN_MODE
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
@@ -197,7 +198,7 @@ def add_veth(
     """Make a veth pair with both ends where they belong: `host` here, up, under `master`; `peer`, down, there.
 
     One datagram, so that no kill comes between: the kernel takes neither alias nor port settings at creation. The peer
-    cannot be made up: the kernel answers ENOTCONN (veth_open).
+    cannot be made up: the kernel answers ENOTCONN (veth_open). A port needs no IPv6 address, and gets none.
     """
     end = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, peer) + u32(28, peer_netns)
     body = _IFINFO.pack(0, 0, 0, IFF_UP, IFF_UP) + text(3, host)
@@ -215,7 +216,9 @@ def add_veth(
     port = [u8(kind, 1) for kind, wanted in ((4, hairpin), (33, isolated)) if wanted]
     if port:
         settings += nest(18, text(4, "bridge"), nest(5, *port))
-    made, set_up = sock.batch([(NEWLINK, netlink.CREATE | netlink.EXCL, body), (NEWLINK, 0, settings)])
+    local = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, host) + nest(26, nest(_socket.AF_INET6, u8(_ADDR_GEN_MODE, _NONE)))
+    make = (NEWLINK, netlink.CREATE | netlink.EXCL, body)
+    made, set_up, _ = sock.batch([make, (NEWLINK, 0, settings), (NEWLINK, 0, local)])  # the last fails without IPv6
     for error in (made, set_up):
         if error is not None:
             raise netlink.NetlinkError(error.errno, f"veth {host}: {error.strerror}")
@@ -245,7 +248,8 @@ def add_link(
 def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
     """Return the request that changes a link: up, promisc, mtu, mac, master, group, alias, name, hairpin, isolated.
 
-    `arp_notify`: whether it announces its IPv4 addresses when it goes up.
+    `arp_notify`: whether it announces its IPv4 addresses when it goes up; `link_local`: whether the kernel gives it an
+    IPv6 one, then (EAFNOSUPPORT where it has no IPv6).
     """
     flags = mask = 0
     for key, bit in (("up", IFF_UP), ("promisc", IFF_PROMISC)):
@@ -267,6 +271,8 @@ def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
         body += nest(18, text(4, "bridge"), nest(5, *port))
     if "arp_notify" in changes:
         body += nest(26, nest(_socket.AF_INET, nest(1, u32(_ARP_NOTIFY, int(changes["arp_notify"])))))
+    if "link_local" in changes:
+        body += nest(26, nest(_socket.AF_INET6, u8(_ADDR_GEN_MODE, _EUI64 if changes["link_local"] else _NONE)))
     return NEWLINK, 0, body
 
 

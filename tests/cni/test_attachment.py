@@ -18,6 +18,26 @@ FOUR = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}]]}
 DUAL = {"type": "pynet-ipam", "ranges": [[{"subnet": "10.9.0.0/24"}], [{"subnet": "fd00:9::/64"}]]}
 
 
+@pytest.mark.parametrize(
+    ("keys", "has_link_local"),
+    [
+        ({"isGateway": True, "ipam": FOUR}, False),
+        ({"isGateway": True, "ipam": DUAL}, True),
+        ({"ipam": FOUR}, True),  # a bridge that leads elsewhere: routers there may give IPv6 addresses
+        ({}, True),
+    ],
+    ids=["routed", "dual stack", "not routed", "no addresses"],
+)
+def test_only_whom_it_may_serve_has_an_address_of_the_link(
+    runtime: Runtime, pod: Pod, keys: dict[str, object], has_link_local: bool
+) -> None:
+    result = pod.add(runtime.conf(**keys))
+    shown = pod.ns.run("ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link")
+    assert bool(shown) is has_link_local
+    port = result["interfaces"][1]["name"]
+    assert not runtime.host.run("ip", "-6", "-o", "addr", "show", "dev", port)
+
+
 @pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
 def test_a_life_in_every_version(runtime: Runtime, pod: Pod, version: str) -> None:
     conf = runtime.conf(version, isDefaultGateway=True, ipam=DUAL, mtu=1400)
