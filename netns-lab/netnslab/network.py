@@ -13,7 +13,9 @@ from . import topology as plan
 from .state import Folder, NodeRecord, Spec
 
 UPLINK = "eth0"  # a node's and the client's link to the switch
-QUIET = {  # addresses usable at once, in every namespace of the lab
+EVERYWHERE = {  # addresses usable at once; ICMP errors told to whoever asks again, not one in some seconds
+    "net.ipv4.icmp_ratelimit": "0",
+    "net.ipv6.icmp.ratelimit": "0",
     "net.ipv6.conf.all.accept_dad": "0",
     "net.ipv6.conf.default.accept_dad": "0",
     "net.ipv6.conf.all.accept_ra": "0",
@@ -31,7 +33,7 @@ def build_underlay(folder: Folder, topology: plan.Topology, ipv6: bool) -> None:
     """Make the underlay: one switch a subnet, with the router's address on it."""
     underlay = folder.netns("underlay")
     machine.add_namespace(folder.name, underlay)
-    machine.sysctl(folder.name, underlay, {**QUIET, **ROUTER})
+    machine.sysctl(folder.name, underlay, {**EVERYWHERE, **ROUTER})
     lines = []
     for subnet, networks in topology.subnets.items():
         lines.append(f"link add {switch(subnet)} type bridge mcast_snooping 0")
@@ -50,7 +52,7 @@ def attach(
     """
     mac = "02:00:" + ":".join(f"{part:02x}" for part in ipaddress.IPv4Address(addresses["IPv4"]).packed)
     machine.add_namespace(folder.name, netns)
-    machine.sysctl(folder.name, netns, QUIET)
+    machine.sysctl(folder.name, netns, EVERYWHERE)
     # the kernel takes a removed namespace's links away in its own time: the port of a machine of before may be there
     machine.run(["ip", "-n", folder.netns("underlay"), "link", "del", port], check=False)
     machine.batch(
