@@ -119,7 +119,7 @@ def test_a_snapshot_and_then_changes(server: Server, consumer: Consumer) -> None
     server.put(service("b"))
     server.delete(service("a"))
     consumer.wait({"b"})
-    assert consumer.replaced == KINDS
+    wait_for(lambda: consumer.replaced == KINDS, f"know {consumer.replaced}")  # each kind is listed by itself
 
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["streaming list", "paged list"])
@@ -462,7 +462,7 @@ def test_service_cidrs_that_cannot_be_read_count_as_none_until_they_can(
             server.faults.clear()
             server.put(service_cidr("kubernetes"))
             consumer.wait({"kubernetes"}, "ServiceCIDR")
-            assert consumer.replaced == KINDS
+            wait_for(lambda: consumer.replaced == KINDS, f"know {consumer.replaced}")
             told = [record for record in caplog.records if record.levelno >= logging.INFO]
             assert [record.getMessage().partition(":")[0] for record in told] == ["resource cannot be read here"]
         finally:
