@@ -216,7 +216,7 @@ def add_veth(
     port = [u8(kind, 1) for kind, wanted in ((4, hairpin), (33, isolated)) if wanted]
     if port:
         settings += nest(18, text(4, "bridge"), nest(5, *port))
-    local = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, host) + nest(26, nest(_socket.AF_INET6, u8(_ADDR_GEN_MODE, _NONE)))
+    local = _IFINFO.pack(0, 0, 0, 0, 0) + text(3, host) + _generation(_NONE)
     make = (NEWLINK, netlink.CREATE | netlink.EXCL, body)
     made, set_up, _ = sock.batch([make, (NEWLINK, 0, settings), (NEWLINK, 0, local)])  # the last fails without IPv6
     for error in (made, set_up):
@@ -272,8 +272,13 @@ def set_link(index: int, **changes: int | str | bool) -> netlink.Message:
     if "arp_notify" in changes:
         body += nest(26, nest(_socket.AF_INET, nest(1, u32(_ARP_NOTIFY, int(changes["arp_notify"])))))
     if "link_local" in changes:
-        body += nest(26, nest(_socket.AF_INET6, u8(_ADDR_GEN_MODE, _EUI64 if changes["link_local"] else _NONE)))
+        body += _generation(_EUI64 if changes["link_local"] else _NONE)
     return NEWLINK, 0, body
+
+
+def _generation(mode: int) -> bytes:
+    """Return the attribute that says how the kernel makes a link's IPv6 link-local address."""
+    return nest(26, nest(_socket.AF_INET6, u8(_ADDR_GEN_MODE, mode)))
 
 
 def delete_link(sock: netlink.Socket, index: int) -> bool:

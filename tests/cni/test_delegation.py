@@ -15,6 +15,7 @@ import pytest
 
 from cni import delegate, spec
 from support.cni import REFERENCE, CniFailure, Pod, Runtime, links, residue
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -225,8 +226,7 @@ def test_ipam_by_a_dhcp_server(runtime: Runtime, pod: Pod, tmp_path: Path) -> No
     host.start(
         str(REFERENCE / "dhcp"), "daemon", "-socketpath", path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not os.path.exists(path):
-        time.sleep(0.02)
+    until("the dhcp daemon listens", lambda: os.path.exists(path))
     before = residue(host)
     mappings = {"portMappings": [{"hostPort": 8080, "containerPort": 80}]}
     ipam = {"type": "dhcp", "daemonSocketPath": path}

@@ -18,7 +18,7 @@ from apiserver.resources import NAMED
 from netnslab import agents
 from support.deployed import Deployed, Json, answering, publish, under_load
 from support.kubelet import Failed, token_for, write_volume
-from support.nodes import until
+from support.waiting import until
 
 if not os.environ.get("PYNET_IMAGE"):
     pytest.skip("no PYNET_IMAGE: `make try-image` builds one", allow_module_level=True)

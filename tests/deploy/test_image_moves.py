@@ -11,7 +11,7 @@ import pytest
 from netnslab import machine
 from support.deployed import ROOT, Deployed, answering, publish, under_load
 from support.kubelet import Kubelet
-from support.nodes import until
+from support.waiting import until
 
 if not os.environ.get("PYNET_IMAGE"):
     pytest.skip("no PYNET_IMAGE: `make try-image` builds one", allow_module_level=True)

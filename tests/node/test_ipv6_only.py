@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from support.netns import Names, Namespace
-from support.nodes import Cluster, Machine, pings, seen_from, serve, until
+from support.nodes import Cluster, Machine, pings, seen_from, serve
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

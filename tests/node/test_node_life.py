@@ -14,8 +14,9 @@ import pytest
 from apiserver import Server
 from pynet.kernel import netns as netns_of
 from support.netns import programs
-from support.nodes import Machine, until, write
+from support.nodes import Machine, write
 from support.peers import events_of, far, near, overlay_of, ways_are
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

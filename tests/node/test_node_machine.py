@@ -12,8 +12,9 @@ from cni.node.glance import glance
 from pynet.kernel import netns as netns_of
 from pynet.kernel.nfnetlink import Nfnetlink
 from support.netns import Names, Namespace, programs
-from support.nodes import Machine, until
+from support.nodes import Machine
 from support.peers import far, near
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

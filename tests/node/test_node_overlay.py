@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from support.nodes import Machine, until
+from support.nodes import Machine
 from support.peers import far, near, overlay_of
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

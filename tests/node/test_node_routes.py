@@ -8,8 +8,9 @@ import re
 import pytest
 import yaml
 
-from support.nodes import Machine, until, write
+from support.nodes import Machine, write
 from support.peers import events_of, near, peer, ways_are
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

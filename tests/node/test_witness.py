@@ -11,7 +11,8 @@ import yaml
 
 from support import witness
 from support.netns import Names
-from support.nodes import Cluster, Machine, until, write
+from support.nodes import Cluster, Machine, write
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

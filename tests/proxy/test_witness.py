@@ -21,8 +21,9 @@ from proxy.planning import build
 from pynet.objects import EndpointSlice, Object
 from support import witness
 from support.netns import Names, Namespace, programs
-from support.nodes import until, write
+from support.nodes import write
 from support.objects import endpoint, piece, service
+from support.waiting import until
 
 pytestmark = pytest.mark.root
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from pynet.sources import execplugin
 from pynet.sources.credentials import Credentials
 from pynet.sources.kubeconfig import BadCredentials
 from pynet.sources.transport import Refused, Transport, Unreachable
+from support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +218,7 @@ def test_a_plugin_that_hangs_is_told_of_and_ended(
         execplugin.ask(wanted, {}, tmp_path, slow=0.1, limit=0.3)
     assert [record.getMessage() for record in caplog.records] == ["exec plugin has not answered yet"]
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
-    deadline = time.monotonic() + 20  # it is killed; that it has died may take a moment
-    while state_of(child) not in ("", "Z"):
-        assert time.monotonic() < deadline, state_of(child)
-        time.sleep(0.01)
+    until("it has died", lambda: state_of(child) in ("", "Z"))  # it is killed; that may take a moment
 
 
 def state_of(stat: Path) -> str:

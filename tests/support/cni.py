@@ -8,11 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from support.netns import Namespace, programs
+from support.waiting import until
 
 NSENTER = shutil.which("nsenter") or "nsenter"
 REFERENCE = Path("/usr/lib/cni")
@@ -157,8 +157,7 @@ class Pod:
         """Let the namespace go, and wait for its links, which the kernel takes away in its own time."""
         self.ns.close()
         veth = next(one["name"] for one in self.result["interfaces"] if one["name"].startswith("veth"))
-        while veth in links(self.runtime.host):
-            time.sleep(0.01)
+        until(f"{veth} is gone", lambda: veth not in links(self.runtime.host))
 
     def addresses(self, family: str = "-4") -> list[str]:
         return addresses(self.ns, "eth0", family)

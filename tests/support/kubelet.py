@@ -17,6 +17,7 @@ from typing import Any
 
 from support.containerd import Containerd
 from support.cri import EXITED, RUNNING, Container, Cri, Mount
+from support.waiting import until
 
 Json = dict[str, Any]
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -100,8 +101,7 @@ class Kubelet:
         write_volume(folder / "account", {"token": token, "ca.crt": self._authority, "namespace": "kube-system"})
         for init in spec.get("initContainers", ()):
             container = self.cri.start(sandbox, self._container(init, volumes, folder, config_maps))
-            while (state := self.cri.state(container))[0] != EXITED:
-                time.sleep(0.02)
+            state = self._ended(container)
             pod.took[init["name"]] = time.monotonic() - began
             if state[1]:
                 self._remove(pod)
@@ -114,6 +114,11 @@ class Kubelet:
                 self.wait(pod, probe)
                 pod.took[probe] = time.monotonic() - began
         return pod
+
+    def _ended(self, container: str) -> tuple[int, int]:
+        """Wait for a container's end, and return its state."""
+        until("the container ends", lambda: self.cri.state(container)[0] == EXITED, 120)
+        return self.cri.state(container)
 
     def wait(self, pod: Pod, probe: str = "readinessProbe", seconds: float = 60) -> None:
         """Return when a probe of a pod says yes."""
@@ -142,8 +147,7 @@ class Kubelet:
         sandbox = self.cri.run(folder.name, hosts_network=True, privileged=True, logs=str(folder))
         wanted = Container("debug", image, command, mounts=[Mount("/host", "/")], privileged=True, log="debug.log")
         container = self.cri.start(sandbox, wanted)
-        while (state := self.cri.state(container))[0] != EXITED:
-            time.sleep(0.02)
+        state = self._ended(container)
         pod = Pod(sandbox, {}, folder)
         self.cri.stop(sandbox)
         self.cri.remove(sandbox)

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,9 @@ import yaml
 
 from pynet.kernel import netns
 from support.netns import Names, Namespace, connect, programs
+from support.waiting import until
 
 CLUSTER = "10.244.0.0/16,fd00:244::/32"
-PATIENCE = 15.0
-
-
-def until(what: str, true: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Wait until `true` returns something true, and return it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = true()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds} s; last seen: {found!r}")
-        time.sleep(0.03)
 
 
 class Machine:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import yaml
 
-from support.nodes import Machine, until, write
+from support.nodes import Machine, write
+from support.waiting import until
 
 
 def peer(own: Machine, name: str, *, cidrs: list[str], ips: list[str]) -> None:

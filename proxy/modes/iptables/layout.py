@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from proxy.modes import unallocated
 from proxy.modes.hairpin import SAME_ADDRESS
 from proxy.modes.iptables import dispatch
 from proxy.modes.iptables.balance import balance, digest_of
@@ -233,22 +234,19 @@ def _constant_filter(family: Family, settings: NodeSettings, drop_invalid: bool)
     loopback = _LOOPBACK[family]
     # Loopback addresses become reachable with route_localnet; nobody else may use that (CVE-2020-8558).
     guard = f"! -s {loopback} -d {loopback} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
-    # To a ServiceCIDR and nobody's: not led elsewhere, by whomever, and not the node's own.
-    unallocated = [f"-d {network} -j PYNET-UNALLOCATED" for network in settings.service_cidrs]
+    dropped = unallocated.jumps(settings, "PYNET-UNALLOCATED")
     return {
-        "PYNET-UNALLOCATED": [
-            "-m conntrack ! --ctstate INVALID,RELATED,ESTABLISHED,UNTRACKED,DNAT -m addrtype ! --dst-type LOCAL -j DROP"
-        ],
+        "PYNET-UNALLOCATED": [unallocated.DROP],
         "PYNET-REFUSE": [
             f"-m mark --mark {both:#x}/{both:#x} -j DROP",
             "-p tcp -j REJECT --reject-with tcp-reset",
             f"-j REJECT --reject-with {icmp}",
         ],
         "PYNET-INPUT": [refused, *([guard] if uses_loopback(family, settings) else []), "-p tcp -j PYNET-HEALTH"],
-        "PYNET-OUTPUT": [refused, *unallocated],
+        "PYNET-OUTPUT": [refused, *dropped],
         "PYNET-FORWARD": [
             refused,
-            *unallocated,
+            *dropped,
             *(["-m conntrack --ctstate INVALID -j DROP"] if drop_invalid else []),
             f"-m mark --mark {masquerade:#x}/{masquerade:#x} -j ACCEPT",
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from proxy.modes import unallocated
 from proxy.modes.hairpin import SAME_ADDRESS
 from proxy.modes.ipvs.layout import set_name, split_bit
 from proxy.plan import Family, LocalDetector, LocalKind, NodeSettings
@@ -121,15 +122,12 @@ def _filter(family: Family, settings: NodeSettings) -> Chains:
         f"{_NEW}-m set --match-set {set_name(family, 'IPS')} dst -m set ! --match-set {servers} dst,dst "
         "-j PYNET-IPVS-REFUSE",
     ]
-    # To a ServiceCIDR and nobody's: not led elsewhere, by whomever, and not the node's own.
-    unallocated = [f"-d {network} -j PYNET-IPVS-UNALLOCATED" for network in settings.service_cidrs]
+    dropped = unallocated.jumps(settings, "PYNET-IPVS-UNALLOCATED")
     return {
-        "PYNET-IPVS-UNALLOCATED": [
-            "-m conntrack ! --ctstate INVALID,RELATED,ESTABLISHED,UNTRACKED,DNAT -m addrtype ! --dst-type LOCAL -j DROP"
-        ],
+        "PYNET-IPVS-UNALLOCATED": [unallocated.DROP],
         "PYNET-IPVS-INPUT": [*refused, f"-m set --match-set {servers} dst,dst -j ACCEPT"],
-        "PYNET-IPVS-OUTPUT": [*refused, *unallocated],
-        "PYNET-IPVS-FORWARD": ["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", *unallocated],
+        "PYNET-IPVS-OUTPUT": [*refused, *dropped],
+        "PYNET-IPVS-FORWARD": ["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", *dropped],
         "PYNET-IPVS-REFUSE": [
             "-p tcp -j REJECT --reject-with tcp-reset",
             f"-p udp -j REJECT --reject-with {icmp}",

@@ -45,9 +45,8 @@ class Servers:
 
     def are_fewer(self, version: int, wanted: int) -> bool:
         """Whether there are fewer of an IP version than `wanted`."""
-        return sum(name.version == version for name in self._ipvs().glance()) < wanted and (
-            sum(name.version == version for name in self._ipvs().services()) < wanted
-        )
+        readings = (self._ipvs().glance, self._ipvs().services)  # the second only where the first finds too few
+        return all(sum(name.version == version for name in read()) < wanted for read in readings)
 
     def set_timeouts(self, timeouts: Timeouts) -> None:
         """Set the idle times that are not 0."""
